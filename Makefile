@@ -1,0 +1,33 @@
+# `make demo` and `make test` do the whole set-up by themselves; nothing comes from a model hub.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.ready
+	$(BIN)/sbora demo --out outputs/demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) torch torchvision
+	$(PIP) -e '.[ui,eval]'
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e '.[ui,eval,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs dist build/lib

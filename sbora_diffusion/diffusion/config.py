@@ -1,0 +1,48 @@
+"""The training configuration; the defaults are the recipe of `sbora train`."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sbora_diffusion.core.functional import Variant
+from sbora_diffusion.diffusion.targets import Targets
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides what one training gives. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: Variant = Field("fa", description="fa: columns, fb: rows")
+    rank: int = Field(8, ge=1, le=1024, description="indices per layer")
+    alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; rank by default")
+    targets: Targets = Field("all", description="which attention layers are adapted")
+    allocation_seed: int = Field(0, ge=0, description="same for all concepts that shall merge")
+    steps: int = Field(150, ge=1, le=1_000_000)
+    batch_size: int = Field(4, ge=1, le=1024)
+    gradient_accumulation: int = Field(1, ge=1, le=1024)
+    rate_tokens: float = Field(5e-3, ge=0, description="learning rate of the placeholder")
+    rate_text_encoder: float = Field(1e-4, ge=0)
+    rate_unet: float = Field(1e-3, ge=0)
+    warmup_steps: int = Field(10, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    vectors: int | None = Field(
+        None, ge=1, le=16, description="placeholder vectors; as many as the class noun's tokens"
+    )
+    resolution: int | None = Field(None, ge=32, le=4096, description="the base's by default")
+    copies: int = Field(8, ge=1, le=256, description="cached crops made from each reference")
+    flip: bool = True
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    min_snr_gamma: float | None = Field(None, gt=0, description="arXiv 2303.09556; 5 is usual")
+    prior_weight: float = Field(0.0, ge=0, description="loss on pictures of the bare class noun")
+    prior_images: int = Field(16, ge=1, le=10_000)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0, lt=1 << 63)
+
+    @property
+    def resolved_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)

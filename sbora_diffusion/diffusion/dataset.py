@@ -1,0 +1,107 @@
+"""Reference images → training pictures and captions."""
+
+import random
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sbora_diffusion.core.errors import DataError
+from sbora_diffusion.diffusion.concepts import Subject
+
+MAX_PIXELS = 64_000_000  # checked before decoding: a small file can hold a huge picture
+TEMPLATES = (
+    "a photo of {}",
+    "a picture of {}",
+    "{}",
+    "a close view of {}",
+    "a photo of the {}",
+    "an image of {}",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training picture (3, H, W) in [−1, 1] and the captions that may stand for it."""
+
+    pixels: Tensor
+    captions: tuple[str, ...]
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read one picture as RGB, turned upright; transparency is laid over white.
+
+    Raises:
+        DataError: not a picture, damaged, or larger than 64 megapixels.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path} has {image.width}×{image.height} pixels, at most "
+                    f"{MAX_PIXELS // 1_000_000} megapixels are read",
+                    "make it smaller",
+                )
+            image.draft("RGB", (2048, 2048))  # lets JPEG decode at a fraction of a huge size
+            return _upright_rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} is not a picture that can be read", "replace it or take it out of the folder"
+        ) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip it to white
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop_square(image: Image.Image, size: int, zoom: float, rng: random.Random) -> Image.Image:
+    """A random square window of `zoom` times the shorter side, resized to size × size."""
+    side = max(1, round(min(image.size) * zoom))
+    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB → (3, H, W) in [−1, 1]."""
+    return torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def load_examples(subject: Subject, size: int, copies: int, flip: bool, seed: int) -> list[Example]:
+    """All training pictures: every reference as a centred square and `copies − 1` random crops.
+
+    Args:
+        size: pixels a side.
+        copies: pictures made from each reference; every second one is mirrored if `flip`.
+        seed: of the crops.
+    """
+    rng, examples = random.Random(seed), []
+    for path in subject.images:
+        image = open_image(path)
+        captions = _captions(subject, path)
+        for copy in range(copies):
+            square = (
+                crop_square(image, size, rng.uniform(0.8, 1.0), rng)
+                if copy > 1
+                else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            )
+            if flip and copy % 2:
+                square = ImageOps.mirror(square)
+            examples.append(Example(to_tensor(square), captions))
+    return examples
+
+
+def _captions(subject: Subject, image: Path) -> tuple[str, ...]:
+    own = subject.caption(image)
+    return (own,) if own else tuple(t.format(subject.settings.token) for t in TEMPLATES)

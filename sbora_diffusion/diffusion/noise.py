@@ -1,0 +1,59 @@
+"""The denoising objective, for noise prediction and v-prediction."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Latents with noise at some timesteps, what is to be predicted, and each sample's weight."""
+
+    noised: Tensor  # (B, C, H, W)
+    timesteps: Tensor  # (B,)
+    target: Tensor  # (B, C, H, W)
+    weight: Tensor  # (B,)
+
+
+class Objective:
+    """Draws noise and timesteps on the CPU, so that every device sees the same.
+
+    Args:
+        scheduler_config: of the pipeline's scheduler.
+        noise_offset: strength of a per-channel constant added to the noise.
+        min_snr_gamma: clamp of the signal-to-noise weight (arXiv 2303.09556), None for none.
+    """
+
+    def __init__(self, scheduler_config, noise_offset: float, min_snr_gamma: float | None):
+        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.noise_offset, self.min_snr_gamma = noise_offset, min_snr_gamma
+        self.velocity = self.scheduler.config.prediction_type == "v_prediction"
+
+    def draw(self, latents: Tensor, generator: Generator) -> NoisedBatch:
+        """Noise a batch of clean latents (B, C, H, W)."""
+        noise = torch.randn(latents.shape, generator=generator)
+        if self.noise_offset:
+            shape = (*latents.shape[:2], 1, 1)
+            noise = noise + self.noise_offset * torch.randn(shape, generator=generator)
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, steps, latents.shape[:1], generator=generator)
+        weight = self._weight(timesteps).to(latents.device)
+        noise, timesteps = noise.to(latents), timesteps.to(latents.device)
+        noised = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if self.velocity else noise
+        return NoisedBatch(noised, timesteps, target, weight)
+
+    def loss(self, predicted: Tensor, batch: NoisedBatch) -> Tensor:
+        """Weighted mean squared error in fp32."""
+        error = (predicted.float() - batch.target.float()).square().mean(dim=(1, 2, 3))
+        return (error * batch.weight).mean()
+
+    def _weight(self, timesteps: Tensor) -> Tensor:
+        if self.min_snr_gamma is None:
+            return torch.ones(len(timesteps))
+        alphas = self.scheduler.alphas_cumprod[timesteps].clamp(1e-8, 1 - 1e-8)
+        snr = alphas / (1 - alphas)
+        clamped = snr.clamp_max(self.min_snr_gamma)
+        return clamped / (snr + 1 if self.velocity else snr)

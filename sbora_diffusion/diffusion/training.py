@@ -1,0 +1,251 @@
+"""Training one concept: a generator of step records around a stock pipeline."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from sbora_diffusion.core.concept import Concept, ConceptMeta, TokenMeta
+from sbora_diffusion.core.errors import ConfigError, NonFiniteError
+from sbora_diffusion.diffusion.adapters import eject, inject, trained_layers
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.concepts import Subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.dataset import Example, load_examples
+from sbora_diffusion.diffusion.noise import Objective
+from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens, word_vectors
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened in one optimizer step."""
+
+    step: int  # counts from 1
+    steps: int
+    loss: float
+    rate: float  # share of the full learning rates, 0..1
+    seconds: float
+
+
+class ConceptTraining:
+    """One concept in training. Use `steps()` to the end, then `concept()`, then `close()`.
+
+    While it is open the base carries the adapter, so pictures can be drawn from `base.pipeline`.
+
+    Args:
+        base: an unadapted base; `close()` gives it back as it was.
+        subject: settings and reference images.
+        config: the recipe.
+        start: first entry of the concept's range, e.g. slot · rank.
+
+    Raises:
+        CapacityError, ConflictError, DataError, ConfigError: before anything is changed.
+    """
+
+    def __init__(self, base: Base, subject: Subject, config: TrainConfig, start: int):
+        self.base, self.subject, self.config, self.start = base, subject, config, start
+        self.fingerprint = base.fingerprint
+        self.examples = load_examples(
+            subject, config.resolution or base.resolution, config.copies, config.flip, config.seed
+        )
+        self.initial = _initial_vectors(base, subject.settings.class_noun, config.vectors)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            cpu=base.device.type == "cpu",
+        )
+        self.layers = target_layers(base.pipeline, config.targets)
+        self.prior = self._prior_examples() if config.prior_weight else []
+        self._attach()
+
+    def _attach(self) -> None:
+        pipeline, config, token = self.base.pipeline, self.config, self.subject.settings.token
+        self.tokens = PlaceholderTokens(pipeline)
+        self.tokens.add({token: self.initial})
+        self.adapted = inject(
+            pipeline, self.subject.settings.name, list(self.layers), config.variant, config.rank,
+            config.resolved_alpha, self.start, config.allocation_seed, config.dropout,
+        )  # fmt: skip
+        embedding = pipeline.text_encoder.get_input_embeddings()
+        self.trainable = TrainableTokens(embedding, len(self.initial))
+        pipeline.text_encoder.set_input_embeddings(self.trainable)
+        if config.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+            pipeline.text_encoder.gradient_checkpointing_enable()
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Train; one record after each optimizer step.
+
+        Raises:
+            NonFiniteError: the loss became NaN or infinite.
+        """
+        config, accelerator = self.config, self.accelerator
+        set_seed(config.seed)  # PEFT's and torch's dropout draw from the global generators
+        generator = torch.Generator().manual_seed(config.seed)
+        latents, captions = self._cached(self.examples)
+        prior = self._cached(self.prior) if self.prior else None
+        objective = Objective(
+            self.base.pipeline.scheduler.config, config.noise_offset, config.min_snr_gamma
+        )
+        groups = self._parameter_groups()
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        unet, text_encoder, optimizer = accelerator.prepare(
+            self.base.pipeline.unet, self.base.pipeline.text_encoder, optimizer
+        )
+        parameters = [p for group in groups for p in group["params"]]
+        for step in range(1, config.steps + 1):
+            began, total = time.monotonic(), 0.0
+            for _ in range(config.gradient_accumulation):
+                with accelerator.accumulate(unet):
+                    loss = self._loss(unet, text_encoder, objective, latents, captions, generator)
+                    if prior:
+                        extra = self._loss(unet, text_encoder, objective, *prior, generator)
+                        loss = loss + config.prior_weight * extra
+                    total += self._finite(loss, step) / config.gradient_accumulation
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            rate = schedule.get_last_lr()[0] / groups[0]["initial_lr"]
+            schedule.step()
+            yield StepRecord(step, config.steps, total, rate, time.monotonic() - began)
+
+    def _loss(
+        self,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        objective: Objective,
+        latents: Tensor,
+        captions: list[tuple[str, ...]],
+        generator: torch.Generator,
+    ) -> Tensor:
+        rows = torch.randint(len(latents), (self.config.batch_size,), generator=generator)
+        words = [_choose(captions[row], generator) for row in rows.tolist()]
+        batch = objective.draw(latents[rows.to(latents.device)], generator)
+        states = text_encoder(self._ids(words))[0]
+        predicted = unet(batch.noised, batch.timesteps, states.to(batch.noised.dtype)).sample
+        return objective.loss(predicted, batch)
+
+    def _ids(self, words: list[str]) -> Tensor:
+        pipeline = self.base.pipeline
+        words = pipeline.maybe_convert_prompt(words, pipeline.tokenizer)
+        encoded = pipeline.tokenizer(
+            words, padding="max_length", truncation=True, return_tensors="pt",
+            max_length=pipeline.tokenizer.model_max_length,
+        )  # fmt: skip
+        return encoded.input_ids.to(self.base.device)
+
+    @torch.no_grad()
+    def _cached(self, examples: list[Example]) -> tuple[Tensor, list[tuple[str, ...]]]:
+        """Latents (N, C, H, W) of all pictures, scaled, and their captions."""
+        vae = self.base.pipeline.vae
+        batches = torch.stack([e.pixels for e in examples]).split(8)
+        latents = [
+            vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean for batch in batches
+        ]
+        scaled = torch.cat(latents) * vae.config.scaling_factor
+        return scaled, [example.captions for example in examples]
+
+    def _prior_examples(self) -> list[Example]:
+        """Pictures of the bare class noun, drawn by the frozen base."""
+        from sbora_diffusion.diffusion.dataset import to_tensor
+        from sbora_diffusion.diffusion.pipeline import draw
+
+        prompt = f"a photo of a {self.subject.settings.class_noun}"
+        count, seed = self.config.prior_images, self.config.seed
+        pictures = draw(self.base, [prompt] * count, [seed + k for k in range(count)])
+        return [Example(to_tensor(picture), (prompt,)) for picture in pictures]
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        name = self.subject.settings.name
+        rates = {"unet": self.config.rate_unet, "text_encoder": self.config.rate_text_encoder}
+        groups: list[dict[str, Any]] = [
+            {"params": [self.trainable.vectors], "lr": self.config.rate_tokens}
+        ]
+        for component, rate in rates.items():
+            factors = [
+                layer.sbora_factor[name]
+                for path, layer in self.adapted.items()
+                if path.startswith(component)
+            ]
+            if factors:
+                groups.append({"params": factors, "lr": rate})
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(group["lr"] > 0)
+        return [group for group in groups if group["lr"] > 0]
+
+    def _rate(self, step: int) -> float:
+        config = self.config
+        warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+        if config.schedule == "constant":
+            return warm
+        return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+    def _finite(self, loss: Tensor, step: int) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss became {value} at step {step}",
+                "lower rate_unet and rate_tokens, or use mixed_precision = 'no'",
+            )
+        return value
+
+    def concept(self) -> Concept:
+        """The trained concept, on the CPU; it can be read at any step."""
+        config, settings = self.config, self.subject.settings
+        rank = config.rank
+        meta = ConceptMeta(
+            name=settings.name,
+            variant=config.variant,
+            rank=rank,
+            alpha=config.resolved_alpha,
+            slot=self.start // rank if self.start % rank == 0 else None,
+            start=self.start,
+            stop=self.start + rank,
+            allocation_seed=config.allocation_seed,
+            family=self.base.family,
+            base_name=self.base.public_name,
+            fingerprint={name: self.fingerprint[name] for name in self.layers},
+            widths={n: layer_width(layer, config.variant) for n, layer in self.layers.items()},
+            class_noun=settings.class_noun,
+            tokens=(TokenMeta(token=settings.token, initializer=settings.class_noun),),
+            training=config.model_dump(mode="json"),
+        )
+        vectors = self.trainable.vectors.detach().cpu().clone()
+        layers = trained_layers(self.adapted, settings.name)
+        return Concept(meta, layers, {f"text_encoder.{settings.token}": vectors})
+
+    def close(self) -> None:
+        """Give the base back without adapter and placeholder."""
+        self.accelerator.free_memory()
+        eject(self.base.pipeline, self.subject.settings.name)
+        self.tokens.set({})
+
+
+def layer_width(layer: nn.Linear, variant: str) -> int:
+    """The dimension that indices are drawn from: inputs for FA, outputs for FB."""
+    return layer.in_features if variant == "fa" else layer.out_features
+
+
+def _initial_vectors(base: Base, class_noun: str, count: int | None) -> Tensor:
+    """The class noun's own embeddings; repeated or cut to `count`."""
+    vectors = word_vectors(base.pipeline, class_noun)
+    if not len(vectors):
+        raise ConfigError(f"class noun {class_noun!r} has no tokens", "use a plain English noun")
+    if count is None:
+        return vectors[:8]
+    return torch.cat([vectors, vectors[-1:].expand(max(0, count - len(vectors)), -1)])[:count]
+
+
+def _choose(options: tuple[str, ...], generator: torch.Generator) -> str:
+    return options[int(torch.randint(len(options), (1,), generator=generator))]
