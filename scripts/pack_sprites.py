@@ -81,7 +81,7 @@ def model_sprites(held_out: set[str]) -> Iterator[tuple[dict, Image.Image]]:
             continue
         folder = VIEWS / model.library / model.model_id
         for view, path in enumerate(sorted(folder.glob("*.png"))):
-            yield entry(model, "subject", "3d render", view, model.licence), Image.open(path)
+            yield entry(model, "subject", "photo", view, model.licence), Image.open(path)
 
 
 def held_out_keys() -> set[str]:

@@ -20,8 +20,19 @@ EVERYTHING = ROOT / "build" / "concepts"
 COMMITTED = ROOT / "concepts"
 AZIMUTHS = (-65.0, -30.0, 5.0, 40.0, 75.0)
 CHOSEN = (
-    "plushbear", "bulldog", "siamese", "snowfriend", "babydoll", "bluejacket", "trex",
-    "chococake", "toytrain", "toybiplane", "bluevase", "racinghelmet", "baseballcap",
+    "plushbear",
+    "bulldog",
+    "siamese",
+    "snowfriend",
+    "babydoll",
+    "bluejacket",
+    "trex",
+    "chococake",
+    "toytrain",
+    "toybiplane",
+    "bluevase",
+    "racinghelmet",
+    "baseballcap",
     "pinkarmchair",
 )
 

@@ -14,13 +14,12 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from pocket_autoencoder import train_autoencoder
 from pocket_model import (
     build_autoencoder,
     build_scheduler,
@@ -28,61 +27,13 @@ from pocket_model import (
     build_unet,
     save_pocket,
 )
+from pocket_run import Place, set_rate, shared, update
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 from world.stream import SceneStream, tokenize
 
 EMA_DECAY = 0.9995
 EMPTY_PROMPT_RATE = 0.1
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process computes: rank of how many, device, and whether it may compile."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @classmethod
-    def find(cls) -> "Place":
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if not torch.cuda.is_available():
-            return cls(rank, world, torch.device("cpu"))
-        if world > 1:
-            dist.init_process_group("nccl")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-        return cls(rank, world, torch.device("cuda", torch.cuda.current_device()))
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        module = module.to(self.device, memory_format=torch.channels_last)
-        compiled = torch.compile(module) if self.device.type == "cuda" else module
-        return DistributedDataParallel(compiled) if self.world > 1 else compiled
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-class AutoencoderLoss(nn.Module):
-    """Reconstruction loss in one module, so that forward and backward compile together."""
-
-    def __init__(self, autoencoder: AutoencoderKL, kl_weight: float = 1e-6):
-        super().__init__()
-        self.autoencoder, self.kl_weight = autoencoder, kl_weight
-
-    def forward(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        moments = self.autoencoder.encode(pictures).latent_dist
-        latents = moments.mean + moments.std * noise
-        out = self.autoencoder.decode(latents).sample.float()
-        error = out - pictures
-        edges = sum(torch.diff(error, dim=d).abs().mean() for d in (2, 3))
-        kl = moments.kl().mean() / latents[0].numel()
-        mse = error.square().mean()
-        return error.abs().mean() + edges + mse + self.kl_weight * kl, mse.detach()
 
 
 class Denoiser(nn.Module):
@@ -94,44 +45,6 @@ class Denoiser(nn.Module):
 
     def forward(self, noised: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
         return self.unet(noised, timesteps, self.text_encoder(ids).last_hidden_state).sample
-
-
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [−1, 1]."""
-    return 10 * torch.log10(torch.tensor(4 / mse)).item()
-
-
-def train_autoencoder(
-    place: Place, stream: SceneStream, seconds: float, autoencoder: AutoencoderKL
-) -> None:
-    """Train for `seconds` (compilation included) and set the latent scaling factor."""
-    model = place.wrap(AutoencoderLoss(autoencoder))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-3)
-    batches, start, step = iter(stream), time.monotonic(), 0
-    progress = 0.0
-    while progress < 1:
-        _set_rate(optimizer, 2e-3 * min(1, (step + 1) / 200) * _cosine(progress))
-        pictures, _ = next(batches)
-        pictures = pictures.to(memory_format=torch.channels_last)
-        noise = torch.randn(len(pictures), 4, 32, 32, device=place.device)
-        with torch.autocast(place.device.type, torch.bfloat16):
-            loss, mse = model(pictures, noise)
-        _update(optimizer, model, loss)
-        step += 1
-        if step % 20 == 0:
-            progress = _shared(place, (time.monotonic() - start) / seconds)
-        if step % 400 == 0:
-            place.say(f"autoencoder step {step} loss {loss.item():.4f} psnr {psnr(mse.item()):.2f}")
-    latents = torch.cat([_encode(autoencoder, next(batches)[0]) for _ in range(8)])
-    autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    place.say(f"autoencoder: {step} steps, scaling factor {autoencoder.config.scaling_factor}")
-
-
-@torch.no_grad()
-def _encode(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
-    with torch.autocast(pictures.device.type, torch.bfloat16):
-        moments = autoencoder.encode(pictures).latent_dist
-    return (moments.mean + moments.std * torch.randn_like(moments.mean)).float()
 
 
 class LatentPool:
@@ -213,19 +126,19 @@ def train_denoiser(
     place.say("denoiser: pool is filled, training starts")
     while progress < 1:
         decay = min(1, (1 - progress) / 0.6) if args.decay else 1
-        _set_rate(optimizer, args.rate * min(1, (step + 1) / warm_up) * decay)
+        set_rate(optimizer, args.rate * min(1, (step + 1) / warm_up) * decay)
         pool.refresh()
         noised, timesteps, ids, target = next(batches)
         with torch.autocast(place.device.type, torch.bfloat16):
             predicted = wrapped(noised.to(memory_format=torch.channels_last), timesteps, ids)
         loss = F.mse_loss(predicted.float(), target)
-        _update(optimizer, model, loss)
+        update(optimizer, model, loss)
         step += 1
         ema = min(EMA_DECAY, (history["steps"] + step) / (history["steps"] + step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - ema)
         if step % 20 == 0:
             running = loss.item()
-            progress = _shared(place, (time.monotonic() - start) / args.seconds)
+            progress = shared(place, (time.monotonic() - start) / args.seconds)
         if step % 200 == 0:
             rate = step * args.batch * place.world / (time.monotonic() - start)
             history["losses"].append([history["steps"] + step, round(running, 5)])
@@ -242,35 +155,10 @@ def train_denoiser(
     return average, history
 
 
-def _update(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + torch.cos(torch.tensor(min(1.0, progress) * torch.pi)).item()) + 1e-3
-
-
-def _shared(place: Place, value: float) -> float:
-    """Rank 0's clock decides for all, so that every process stops at the same step."""
-    if place.world == 1:
-        return value
-    clock = torch.tensor(value, device=place.device)
-    dist.broadcast(clock, 0)
-    return clock.item()
-
-
 def load_start(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple:
     """Autoencoder and denoiser: from --start where it exists, else newly made."""
     if args.start and args.start.exists():
-        pipeline = StableDiffusionPipeline.from_pretrained(args.start, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(args.start, dtype=torch.float32)
         return pipeline.vae, Denoiser(pipeline.text_encoder, pipeline.unet)
     return build_autoencoder(), Denoiser(build_text_encoder(tokenizer), build_unet())
 
@@ -314,7 +202,9 @@ def main() -> None:
     stream = SceneStream.open(
         args.world, tokenizer, args.fresh, seed, place.device, args.workers, args.variants
     )
-    place.say(f"{place.device} ×{place.world}; world is ready after {time.monotonic() - began:.0f} s")
+    place.say(
+        f"{place.device} ×{place.world}; world is ready after {time.monotonic() - began:.0f} s"
+    )
     if args.autoencoder_seconds:
         train_autoencoder(place, stream, args.autoencoder_seconds, autoencoder)
         if place.rank == 0:

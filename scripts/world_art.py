@@ -117,8 +117,15 @@ def unpack_npm(package: str, version: str, art: Path, folder: Path) -> None:
 def wanted(name: str) -> bool:
     """Of a npm package, only pictures, English names, the icon sets in use, and notices."""
     sets = tuple(f"package/json/{set_name}.json" for set_name in EMOJI_SETS)
-    prefixes = ("package/assets/", "package/en/data.json", "package/meta/groups.json",
-                "package/collections.json", "package/LICENSE", "package/README", *sets)
+    prefixes = (
+        "package/assets/",
+        "package/en/data.json",
+        "package/meta/groups.json",
+        "package/collections.json",
+        "package/LICENSE",
+        "package/README",
+        *sets,
+    )
     return name.startswith(prefixes)
 
 

@@ -94,20 +94,23 @@ def concept_table() -> str:
 
 
 def licences(sprites: list[dict]) -> str:
-    return "\n".join([
-        INTRODUCTION,
-        "## Pictures the base was trained on",
-        emoji_table(sprites),
-        "\nNames come from npm `emojibase-data` " f"{NPM_PACKAGES['emojibase-data']} (MIT).\n",
-        f"## 3D models the base was trained on\nDebian `sweethome3d-furniture` {MODELS_VERSION}, "
-        "the libraries of Sweet Home 3D:\n",
-        model_table(sprites),
-        "\nAuthors as the package states them, with the models' identifiers:\n",
-        attributions(sprites),
-        "\n## Concepts\nThe base never saw these.\n",
-        concept_table(),
-        "\n## Texts of the licences\n" + LICENCE_LINKS,
-    ])
+    return "\n".join(
+        [
+            INTRODUCTION,
+            "## Pictures the base was trained on",
+            emoji_table(sprites),
+            f"\nNames come from npm `emojibase-data` {NPM_PACKAGES['emojibase-data']} (MIT).\n",
+            f"## 3D models the base was trained on\n"
+            f"Debian `sweethome3d-furniture` {MODELS_VERSION}, "
+            "the libraries of Sweet Home 3D:\n",
+            model_table(sprites),
+            "\nAuthors as the package states them, with the models' identifiers:\n",
+            attributions(sprites),
+            "\n## Concepts\nThe base never saw these.\n",
+            concept_table(),
+            "\n## Texts of the licences\n" + LICENCE_LINKS,
+        ]
+    )
 
 
 def main() -> None:

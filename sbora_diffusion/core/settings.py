@@ -36,12 +36,13 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if not equals:
+        if not equals or not key.strip():
             raise ConfigError(f"override {pair!r} must be key=value")
         try:
-            values[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+            parsed = tomllib.loads(f"value = {text}")
         except tomllib.TOMLDecodeError:
-            values[key.strip()] = text.strip()
+            parsed = {}
+        values[key.strip()] = parsed["value"] if len(parsed) == 1 else text.strip()
     return values
 
 

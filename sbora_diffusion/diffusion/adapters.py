@@ -1,7 +1,9 @@
 """SBoRA adapters in a pipeline: put in, fill from a concept, read out, take away."""
 
 import warnings
+from collections.abc import Iterator
 
+import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
@@ -12,9 +14,15 @@ from sbora_diffusion.core.tuner import SboraConfig, SboraLinear
 from sbora_diffusion.diffusion.targets import by_component, name_prefix
 
 
+def adapter_name(concept: str) -> str:
+    """The adapter of a concept. PEFT keeps adapters as attributes of torch modules, so a concept
+    called `train` or `double` needs a name that no module has."""
+    return f"concept-{concept}"
+
+
 def inject(
     pipeline: StableDiffusionPipeline,
-    adapter: str,
+    concept: str,
     layers: list[str],
     variant: Variant,
     rank: int,
@@ -24,7 +32,7 @@ def inject(
     dropout: float = 0.0,
     merge_key: str | None = None,
 ) -> dict[str, SboraLinear]:
-    """Add one zero adapter to the named layers of UNet and text encoder.
+    """Add a concept's zero adapter to the named layers of UNet and text encoder.
 
     Returns:
         Canonical name → adapted layer; as many as were asked for.
@@ -50,25 +58,32 @@ def inject(
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of every second adapter
-            model.add_adapter(config, adapter_name=adapter)
+            model.add_adapter(config, adapter_name=adapter_name(concept))
         adapted |= {name: model.get_submodule(path) for name, path in paths.items()}
     return adapted
 
 
 def inject_concept(pipeline: StableDiffusionPipeline, concept: Concept, weight: float) -> None:
-    """Add a trained concept as an adapter of its own name."""
+    """Add a trained concept as an adapter."""
     meta = concept.meta
     adapted = inject(
         pipeline, meta.name, list(concept.layers), meta.variant, meta.rank, meta.alpha,
         meta.start, meta.allocation_seed, merge_key=meta.digest,
     )  # fmt: skip
     for name, layer in adapted.items():
-        layer.sbora_factor[meta.name].data.copy_(concept.layers[name].factor)
-        layer.set_scale(meta.name, weight)
+        layer.sbora_factor[adapter_name(meta.name)].data.copy_(concept.layers[name].factor)
+        layer.set_scale(adapter_name(meta.name), weight)
 
 
-def eject(pipeline: StableDiffusionPipeline, adapter: str) -> None:
-    """Take one adapter out of UNet and text encoder."""
+def set_weight(pipeline: StableDiffusionPipeline, concept: str, weight: float) -> None:
+    """Change the weight λ of one concept's adapter."""
+    for layer in _adapted(pipeline):
+        layer.set_scale(adapter_name(concept), weight)
+
+
+def eject(pipeline: StableDiffusionPipeline, concept: str) -> None:
+    """Take one concept's adapter out of UNet and text encoder."""
+    adapter = adapter_name(concept)
     if adapter in (getattr(pipeline.unet, "peft_config", None) or {}):
         pipeline.unet.delete_adapters(adapter)
     if adapter in (getattr(pipeline.text_encoder, "peft_config", None) or {}):
@@ -77,32 +92,39 @@ def eject(pipeline: StableDiffusionPipeline, adapter: str) -> None:
         _unwrap(model)
 
 
-def activate(pipeline: StableDiffusionPipeline, adapters: list[str]) -> None:
-    """Make exactly these adapters active, in both models, and freeze them."""
+def activate(pipeline: StableDiffusionPipeline, concepts: list[str]) -> None:
+    """Make exactly these concepts' adapters active, in both models, and freeze them."""
+    adapters = [adapter_name(concept) for concept in concepts]
+    for layer in _adapted(pipeline):
+        layer.set_adapter([a for a in adapters if a in layer.configs], inference_mode=True)
+
+
+def _adapted(pipeline: StableDiffusionPipeline) -> Iterator[SboraLinear]:
     for model in (pipeline.unet, pipeline.text_encoder):
-        for module in model.modules():
-            if isinstance(module, SboraLinear):
-                module.set_adapter([a for a in adapters if a in module.configs], inference_mode=True)
+        yield from (module for module in model.modules() if isinstance(module, SboraLinear))
 
 
-def trained_layers(adapted: dict[str, SboraLinear], adapter: str) -> dict[str, LayerFactor]:
-    """What a concept file stores, copied to the CPU."""
+def trained_layers(
+    adapted: dict[str, SboraLinear], concept: str, dtype: torch.dtype
+) -> dict[str, LayerFactor]:
+    """What a concept file stores, copied to the CPU; factors rounded to `dtype`."""
+    adapter = adapter_name(concept)
     return {
         name: LayerFactor(
             layer.sbora_indices[adapter].detach().cpu().clone(),
-            layer.sbora_factor[adapter].detach().cpu().clone(),
+            layer.sbora_factor[adapter].detach().to("cpu", dtype, copy=True),
         )
         for name, layer in adapted.items()
     }
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Put the plain linear layers back where no adapter is left, so that key names are the base's."""
+    """Put the plain linear layers back where no adapter is left: key names are the base's again."""
     for path, module in list(model.named_modules()):
         if isinstance(module, SboraLinear) and not module.configs:
             model.set_submodule(path, module.base_layer)
     if not getattr(model, "peft_config", None):
-        model._hf_peft_config_loaded = False
+        setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010
 
 
 def _refuse_missing(model: nn.Module, paths: dict[str, str]) -> None:

@@ -77,9 +77,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_base(
-    reference: str = "pocket", device: str | None = None, dtype: str = "fp32"
-) -> Base:
+def load_base(reference: str = "pocket", device: str | None = None, dtype: str = "fp32") -> Base:
     """Load a base model, ready for inference.
 
     Args:
@@ -92,6 +90,8 @@ def load_base(
         FormatError: it is there, but is not a model that can be read.
         ResourceError: a hub id cannot be downloaded.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be fp32, fp16 or bf16, got {dtype!r}")
     pipeline = _read(reference, DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -99,13 +99,15 @@ def load_base(
     try:
         pipeline.to(device or best_device())
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {error}", "try --device cpu") from error
+        raise ConfigError(
+            f"device {device!r} cannot be used: {error}", "try --device cpu"
+        ) from error
     return Base(reference, pipeline, _family(reference, pipeline))
 
 
 def _read(reference: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     path = POCKET if reference == "pocket" else Path(reference)
-    options = {"torch_dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
     logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)
     if path.is_file():
         return _read_file(path, options)

@@ -1,4 +1,4 @@
-"""A concept folder: `concept.toml` and reference images, each with an optional caption beside it."""
+"""A concept folder: `concept.toml` and reference images, each with an optional caption."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from sbora_diffusion.core.errors import DataError
 from sbora_diffusion.core.schema import NAME_PATTERN, TOKEN_PATTERN
 from sbora_diffusion.core.settings import read_toml, validate
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 class ConceptSettings(BaseModel):
@@ -18,7 +18,12 @@ class ConceptSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-    class_noun: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    class_noun: Annotated[
+        str,
+        StringConstraints(
+            strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"
+        ),
+    ]
     token: Annotated[str, StringConstraints(pattern=TOKEN_PATTERN)]
     category: Literal["character", "object"] = "object"
     licence: str = ""
@@ -38,7 +43,9 @@ class Subject(BaseModel):
         beside = image.with_suffix(".txt")
         if not beside.is_file():
             return None
-        text = beside.read_text(encoding="utf-8", errors="replace").strip()
+        text = beside.read_text(encoding="utf-8-sig", errors="replace").strip()
+        if not text:
+            return None
         return text if self.settings.token in text else f"{self.settings.token}, {text}"
 
 
@@ -56,7 +63,12 @@ def read_subject(folder: Path) -> Subject:
         )
     source = folder / "concept.toml"
     settings = validate(ConceptSettings, {"name": folder.name, **read_toml(source)}, str(source))
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(
+        path
+        for path in folder.iterdir()
+        # Hidden files such as ._01.jpg are a file manager's notes, not pictures.
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
     if not images:
         raise DataError(
             f"{folder} has no reference images",

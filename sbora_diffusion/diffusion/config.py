@@ -11,19 +11,19 @@ from sbora_diffusion.diffusion.targets import Targets
 class TrainConfig(BaseModel):
     """Everything that decides what one training gives. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     variant: Variant = Field("fa", description="fa: columns, fb: rows")
     rank: int = Field(8, ge=1, le=1024, description="indices per layer")
     alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; rank by default")
     targets: Targets = Field("all", description="which attention layers are adapted")
     allocation_seed: int = Field(0, ge=0, description="same for all concepts that shall merge")
-    steps: int = Field(150, ge=1, le=1_000_000)
+    steps: int = Field(300, ge=1, le=1_000_000)
     batch_size: int = Field(4, ge=1, le=1024)
     gradient_accumulation: int = Field(1, ge=1, le=1024)
     rate_tokens: float = Field(5e-3, ge=0, description="learning rate of the placeholder")
-    rate_text_encoder: float = Field(1e-4, ge=0)
-    rate_unet: float = Field(1e-3, ge=0)
+    rate_text_encoder: float = Field(5e-4, ge=0)
+    rate_unet: float = Field(3e-3, ge=0)
     warmup_steps: int = Field(10, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -41,8 +41,21 @@ class TrainConfig(BaseModel):
     prior_images: int = Field(16, ge=1, le=10_000)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    save_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the concept file")
     seed: int = Field(0, ge=0, lt=1 << 63)
 
     @property
     def resolved_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
+
+
+class DrawConfig(BaseModel):
+    """Everything beside prompt and model that decides the pictures of `sbora generate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    seed: int = Field(0, ge=0, lt=1 << 63, description="picture k uses seed + k")
+    num: int = Field(1, ge=1, le=10_000, description="how many pictures")
+    steps: int = Field(20, ge=1, le=1000)
+    guidance: float = Field(4.0, ge=0, description="guidance scale; 1 and less is none")
+    negative_prompt: str = ""

@@ -39,20 +39,28 @@ def open_image(path: Path) -> Image.Image:
         DataError: not a picture, damaged, or larger than 64 megapixels.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path} has {image.width}×{image.height} pixels, at most "
-                    f"{MAX_PIXELS // 1_000_000} megapixels are read",
-                    "make it smaller",
-                )
-            image.draft("RGB", (2048, 2048))  # lets JPEG decode at a fraction of a huge size
-            return _upright_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow warns of either works or raises
+            return _read(path)
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, str(error)) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(
             f"{path} is not a picture that can be read", "replace it or take it out of the folder"
         ) from error
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_large(path, f"{image.width}×{image.height} pixels")
+        image.draft("RGB", (2048, 2048))  # lets JPEG decode at a fraction of a huge size
+        return _upright_rgb(image)
+
+
+def _too_large(path: Path, found: str) -> DataError:
+    limit = f"at most {MAX_PIXELS // 1_000_000} megapixels are read"
+    return DataError(f"{path} is too large ({found}), {limit}", "make it smaller")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -79,7 +87,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def load_examples(subject: Subject, size: int, copies: int, flip: bool, seed: int) -> list[Example]:
-    """All training pictures: every reference as a centred square and `copies − 1` random crops.
+    """All training pictures: every reference as a centred square and as random crops.
+
+    The first copy is the centred square, the second its mirror image if `flip`, the others crops.
 
     Args:
         size: pixels a side.
@@ -93,7 +103,7 @@ def load_examples(subject: Subject, size: int, copies: int, flip: bool, seed: in
         for copy in range(copies):
             square = (
                 crop_square(image, size, rng.uniform(0.8, 1.0), rng)
-                if copy > 1
+                if copy > flip  # with `flip` the first two are the square and its mirror image
                 else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
             )
             if flip and copy % 2:

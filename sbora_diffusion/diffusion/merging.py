@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from sbora_diffusion.core.concept import Concept, check_mergeable
 from sbora_diffusion.core.errors import ConflictError, ResourceError
@@ -87,8 +88,9 @@ class Merged:
             self._write(unfinished, dtype)
             unfinished.chmod(0o777 & ~_umask())
             os.replace(unfinished, folder)
-        except OSError as error:
-            raise ResourceError(f"{folder} cannot be written: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ResourceError(f"{folder} cannot be written: {reason}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -149,6 +151,10 @@ def _convert(folder: Path, dtype: torch.dtype) -> None:
             for name, value in load_file(file).items()
         }
         save_file(tensors, file, metadata={"format": "pt"})
+    config = folder / "text_encoder" / "config.json"  # transformers notes the precision, too
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _forget_paths(folder: Path) -> None:
@@ -156,7 +162,9 @@ def _forget_paths(folder: Path) -> None:
     for file in sorted(folder.rglob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            file.write_text(
+                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from PIL import Image
 from sbora_diffusion.core.concept import Concept, check_mergeable
 from sbora_diffusion.core.errors import ConfigError, ConflictError, NonFiniteError
 from sbora_diffusion.core.fingerprint import compare
-from sbora_diffusion.diffusion.adapters import activate, eject, inject_concept
+from sbora_diffusion.diffusion.adapters import activate, eject, inject_concept, set_weight
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens
 
@@ -61,10 +61,7 @@ class ConceptPipeline:
         """Change a concept's weight λ; 0 silences it."""
         self._known(name)
         _refuse_bad_weight(weight)
-        for model in (self.base.pipeline.unet, self.base.pipeline.text_encoder):
-            for module in model.modules():
-                if hasattr(module, "sbora_factor"):
-                    module.set_scale(name, weight)
+        set_weight(self.base.pipeline, name, weight)
 
     def unmentioned(self, prompt: str) -> list[str]:
         """Names of concepts whose token the prompt does not contain."""
@@ -89,7 +86,9 @@ class ConceptPipeline:
 def token_vectors(concept: Concept) -> dict[str, torch.Tensor]:
     """Placeholder token → (vectors, dim) of the (only) text encoder."""
     prefix = "text_encoder."
-    return {k.removeprefix(prefix): v for k, v in concept.embeddings.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v for k, v in concept.embeddings.items() if k.startswith(prefix)
+    }
 
 
 def generate(
@@ -114,6 +113,9 @@ def generate(
     """
     if num < 1 or steps < 1:
         raise ConfigError(f"num and steps must be 1 or more, got {num} and {steps}")
+    most = base.pipeline.scheduler.config.num_train_timesteps
+    if steps > most:
+        raise ConfigError(f"the base samples in at most {most} steps, got {steps}")
     seeds = [seed + k for k in range(num)]
     return draw(base, [prompt] * num, seeds, steps, guidance, negative_prompt, on_step)
 
@@ -176,10 +178,21 @@ def draw_latents(
 
 
 @torch.no_grad()
+def encode(base: Base, pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [−1, 1] → scaled latents (B, C, h, w), the mean of each."""
+    vae = base.pipeline.vae
+    batches = pixels.split(8)
+    latents = [vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean for batch in batches]
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+@torch.no_grad()
 def decode(base: Base, latents: torch.Tensor) -> list[Image.Image]:
     """Latents (B, C, H, W) → pictures."""
     pipeline = base.pipeline
-    pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor)
+    pixels = pipeline.vae.decode(
+        latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+    )
     return pipeline.image_processor.postprocess(pixels.sample, output_type="pil")
 
 

@@ -30,7 +30,9 @@ def name_prefix(component: str, model: nn.Module) -> str:
     return f"{component}.text_model." if flattened else f"{component}."
 
 
-def target_layers(pipeline: StableDiffusionPipeline, targets: Targets = "all") -> dict[str, nn.Linear]:
+def target_layers(
+    pipeline: StableDiffusionPipeline, targets: Targets = "all"
+) -> dict[str, nn.Linear]:
     """Canonical name → linear layer, for the attention layers of UNet and text encoder.
 
     Adapted layers are found too: the base layer is returned.
@@ -45,9 +47,7 @@ def target_layers(pipeline: StableDiffusionPipeline, targets: Targets = "all") -
     return layers
 
 
-def by_component(
-    pipeline: StableDiffusionPipeline, names: list[str]
-) -> dict[str, dict[str, str]]:
+def by_component(pipeline: StableDiffusionPipeline, names: list[str]) -> dict[str, dict[str, str]]:
     """Split canonical names: component → {canonical name: module path}; empty ones left out."""
     split: dict[str, dict[str, str]] = {}
     for component in COMPONENTS:

@@ -4,11 +4,13 @@ A placeholder may have several vectors. The vectors after the first get the name
 `<token>_2` …, which stock diffusers pipelines expand by themselves (textual inversion).
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sbora_diffusion.core.errors import ConflictError
 
@@ -19,7 +21,7 @@ def vector_names(token: str, count: int) -> list[str]:
 
 
 def word_vectors(pipeline: StableDiffusionPipeline, words: str) -> Tensor:
-    """The base's own embeddings of some words, (tokens, dim), fp32: what a placeholder starts from."""
+    """The base's embeddings of some words, (tokens, dim), fp32: where a placeholder starts."""
     ids = pipeline.tokenizer(words, add_special_tokens=False).input_ids
     weight = pipeline.text_encoder.get_input_embeddings().weight
     return weight[torch.tensor(ids, device=weight.device)].detach().float().clone()
@@ -63,15 +65,13 @@ class PlaceholderTokens:
         self.set({t: v for t, v in self._vectors.items() if t not in tokens})
 
 
-def _extended(tokenizer, names: list[str]):
-    import copy
-
+def _extended(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedTokenizerBase:
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(names)
     return extended
 
 
-def _set_embeddings(text_encoder: nn.Module, weight: Tensor) -> None:
+def _set_embeddings(text_encoder: PreTrainedModel, weight: Tensor) -> None:
     embedding = nn.Embedding.from_pretrained(weight, freeze=True)
     text_encoder.set_input_embeddings(embedding)
     text_encoder.config.vocab_size = len(weight)

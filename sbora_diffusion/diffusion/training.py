@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
+from sbora_diffusion.core.allocation import check_capacity
 from sbora_diffusion.core.concept import Concept, ConceptMeta, TokenMeta
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
-from sbora_diffusion.diffusion.adapters import eject, inject, trained_layers
-from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.adapters import adapter_name, eject, inject, trained_layers
+from sbora_diffusion.diffusion.bases import DTYPES, Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.dataset import Example, load_examples
+from sbora_diffusion.diffusion.dataset import Example, load_examples, to_tensor
 from sbora_diffusion.diffusion.noise import Objective
+from sbora_diffusion.diffusion.pipeline import draw, encode
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens, word_vectors
 
@@ -56,12 +58,10 @@ class ConceptTraining:
             subject, config.resolution or base.resolution, config.copies, config.flip, config.seed
         )
         self.initial = _initial_vectors(base, subject.settings.class_noun, config.vectors)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            cpu=base.device.type == "cpu",
-        )
         self.layers = target_layers(base.pipeline, config.targets)
+        self.widths = {n: layer_width(layer, config.variant) for n, layer in self.layers.items()}
+        check_capacity(self.widths, start, start + config.rank)
+        self.accelerator = _accelerator(base, config)
         self.prior = self._prior_examples() if config.prior_weight else []
         self._attach()
 
@@ -80,6 +80,12 @@ class ConceptTraining:
             pipeline.unet.enable_gradient_checkpointing()
             pipeline.text_encoder.gradient_checkpointing_enable()
 
+    def _train_mode(self, on: bool) -> None:
+        """Dropout and the text encoder's checkpointing work in train mode alone; pictures drawn
+        between the steps must not see it."""
+        self.base.pipeline.unet.train(on)
+        self.base.pipeline.text_encoder.train(on)
+
     def steps(self) -> Iterator[StepRecord]:
         """Train; one record after each optimizer step.
 
@@ -87,7 +93,7 @@ class ConceptTraining:
             NonFiniteError: the loss became NaN or infinite.
         """
         config, accelerator = self.config, self.accelerator
-        set_seed(config.seed)  # PEFT's and torch's dropout draw from the global generators
+        torch.manual_seed(config.seed)  # dropout draws from the global generator
         generator = torch.Generator().manual_seed(config.seed)
         latents, captions = self._cached(self.examples)
         prior = self._cached(self.prior) if self.prior else None
@@ -103,6 +109,7 @@ class ConceptTraining:
         parameters = [p for group in groups for p in group["params"]]
         for step in range(1, config.steps + 1):
             began, total = time.monotonic(), 0.0
+            self._train_mode(True)
             for _ in range(config.gradient_accumulation):
                 with accelerator.accumulate(unet):
                     loss = self._loss(unet, text_encoder, objective, latents, captions, generator)
@@ -117,6 +124,7 @@ class ConceptTraining:
                     optimizer.zero_grad()
             rate = schedule.get_last_lr()[0] / groups[0]["initial_lr"]
             schedule.step()
+            self._train_mode(False)
             yield StepRecord(step, config.steps, total, rate, time.monotonic() - began)
 
     def _loss(
@@ -144,22 +152,13 @@ class ConceptTraining:
         )  # fmt: skip
         return encoded.input_ids.to(self.base.device)
 
-    @torch.no_grad()
     def _cached(self, examples: list[Example]) -> tuple[Tensor, list[tuple[str, ...]]]:
         """Latents (N, C, H, W) of all pictures, scaled, and their captions."""
-        vae = self.base.pipeline.vae
-        batches = torch.stack([e.pixels for e in examples]).split(8)
-        latents = [
-            vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean for batch in batches
-        ]
-        scaled = torch.cat(latents) * vae.config.scaling_factor
-        return scaled, [example.captions for example in examples]
+        latents = encode(self.base, torch.stack([example.pixels for example in examples]))
+        return latents, [example.captions for example in examples]
 
     def _prior_examples(self) -> list[Example]:
         """Pictures of the bare class noun, drawn by the frozen base."""
-        from sbora_diffusion.diffusion.dataset import to_tensor
-        from sbora_diffusion.diffusion.pipeline import draw
-
         prompt = f"a photo of a {self.subject.settings.class_noun}"
         count, seed = self.config.prior_images, self.config.seed
         pictures = draw(self.base, [prompt] * count, [seed + k for k in range(count)])
@@ -173,7 +172,7 @@ class ConceptTraining:
         ]
         for component, rate in rates.items():
             factors = [
-                layer.sbora_factor[name]
+                layer.sbora_factor[adapter_name(self.subject.settings.name)]
                 for path, layer in self.adapted.items()
                 if path.startswith(component)
             ]
@@ -182,6 +181,8 @@ class ConceptTraining:
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] > 0)
+        if not any(group["lr"] > 0 for group in groups):
+            raise ConfigError("all learning rates are 0", "raise rate_unet or rate_tokens")
         return [group for group in groups if group["lr"] > 0]
 
     def _rate(self, step: int) -> float:
@@ -216,18 +217,25 @@ class ConceptTraining:
             family=self.base.family,
             base_name=self.base.public_name,
             fingerprint={name: self.fingerprint[name] for name in self.layers},
-            widths={n: layer_width(layer, config.variant) for n, layer in self.layers.items()},
+            widths=self.widths,
             class_noun=settings.class_noun,
             tokens=(TokenMeta(token=settings.token, initializer=settings.class_noun),),
             training=config.model_dump(mode="json"),
         )
-        vectors = self.trainable.vectors.detach().cpu().clone()
-        layers = trained_layers(self.adapted, settings.name)
+        dtype = DTYPES[config.save_dtype]
+        vectors = self.trainable.vectors.detach().to("cpu", dtype, copy=True)
+        layers = trained_layers(self.adapted, settings.name, dtype)
         return Concept(meta, layers, {f"text_encoder.{settings.token}": vectors})
 
     def close(self) -> None:
         """Give the base back without adapter and placeholder."""
+        for model in (self.base.pipeline.unet, self.base.pipeline.text_encoder):
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast's forward
         self.accelerator.free_memory()
+        self._train_mode(False)
+        if self.config.gradient_checkpointing:
+            self.base.pipeline.unet.disable_gradient_checkpointing()
+            self.base.pipeline.text_encoder.gradient_checkpointing_disable()
         eject(self.base.pipeline, self.subject.settings.name)
         self.tokens.set({})
 
@@ -235,6 +243,18 @@ class ConceptTraining:
 def layer_width(layer: nn.Linear, variant: str) -> int:
     """The dimension that indices are drawn from: inputs for FA, outputs for FB."""
     return layer.in_features if variant == "fa" else layer.out_features
+
+
+def _accelerator(base: Base, config: TrainConfig) -> Accelerator:
+    """Accelerate keeps one precision for the whole process: a training must not be bound to that
+    of the one before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        cpu=base.device.type == "cpu",
+    )
 
 
 def _initial_vectors(base: Base, class_noun: str, count: int | None) -> Tensor:

@@ -10,9 +10,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
-SIZE = 160
-CANVAS = 2 * SIZE
-Colour = tuple[int, int, int]
+from world.canvas import CANVAS, SIZE, Colour, clouds, conifer, disc, gradient, ground, vary
 
 FLAT_COLOURS: dict[str, Colour] = {
     "red": (214, 48, 49),
@@ -29,114 +27,80 @@ FLAT_COLOURS: dict[str, Colour] = {
 }
 
 
-def _vary(rng: Generator, colour: Colour, amount: int = 14) -> Colour:
-    jitter = rng.integers(-amount, amount + 1, 3)
-    return tuple(int(np.clip(c + j, 0, 255)) for c, j in zip(colour, jitter, strict=True))
-
-
-def _gradient(rng: Generator, top: Colour, bottom: Colour, amount: int = 14) -> Image.Image:
-    a, b = (np.array(_vary(rng, c, amount), np.float32) for c in (top, bottom))
-    ramp = np.linspace(0, 1, CANVAS, dtype=np.float32)[:, None, None]
-    rows = a * (1 - ramp) + b * ramp
-    return Image.fromarray(np.broadcast_to(rows, (CANVAS, CANVAS, 3)).astype(np.uint8))
-
-
-def _ground(draw: ImageDraw.ImageDraw, rng: Generator, y: float, colour: Colour, bump: float) -> None:
-    """A wavy band of ground from height `y` (share of the picture) down."""
-    phase, waves = rng.uniform(0, 6.28), rng.uniform(0.5, 1.6)
-    xs = np.arange(0, CANVAS + 8, 8)
-    ys = y * CANVAS + bump * CANVAS * np.sin(phase + waves * 6.28 * xs / CANVAS)
-    draw.polygon([(0, CANVAS), *zip(xs.tolist(), ys.tolist(), strict=True), (CANVAS, CANVAS)], colour)
-
-
-def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-
-
-def _clouds(draw: ImageDraw.ImageDraw, rng: Generator, colour: Colour = (250, 252, 255)) -> None:
-    for _ in range(rng.integers(1, 4)):
-        x, y, r = rng.uniform(0, CANVAS), rng.uniform(20, 90), rng.uniform(10, 18)
-        for k in range(4):
-            _disc(draw, x + k * r, y + rng.uniform(-4, 4), r, colour)
-
-
-def _conifer(draw: ImageDraw.ImageDraw, x: float, base: float, h: float, colour: Colour) -> None:
-    draw.rectangle((x - h * 0.04, base - h * 0.2, x + h * 0.04, base), fill=(92, 64, 44))
-    for k in range(3):
-        top, low, w = base - h + k * h * 0.22, base - h * 0.55 + k * h * 0.22, h * (0.16 + 0.07 * k)
-        draw.polygon([(x, top), (x - w, low), (x + w, low)], fill=colour)
-
-
 def beach(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (104, 186, 238), (206, 236, 250))
+    image = gradient(rng, (104, 186, 238), (206, 236, 250))
     draw = ImageDraw.Draw(image)
     horizon = rng.uniform(0.38, 0.5)
-    _disc(draw, rng.uniform(20, 300), rng.uniform(25, 70), 20, (255, 236, 150))
-    draw.rectangle((0, horizon * CANVAS, CANVAS, CANVAS), fill=_vary(rng, (38, 142, 196)))
+    disc(draw, rng.uniform(20, 300), rng.uniform(25, 70), 20, (255, 236, 150))
+    draw.rectangle((0, horizon * CANVAS, CANVAS, CANVAS), fill=vary(rng, (38, 142, 196)))
     for _ in range(8):
         x, y = rng.uniform(0, CANVAS), rng.uniform(horizon * CANVAS + 5, 0.66 * CANVAS)
         draw.line((x, y, x + 36, y), fill=(130, 204, 232), width=3)
-    _ground(draw, rng, 0.69, (240, 246, 246), 0.02)
-    _ground(draw, rng, 0.71, _vary(rng, (238, 212, 150)), 0.02)
+    ground(draw, rng, 0.69, (240, 246, 246), 0.02)
+    ground(draw, rng, 0.71, vary(rng, (238, 212, 150)), 0.02)
     return image
 
 
 def snow(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (150, 184, 222), (220, 232, 246))
+    image = gradient(rng, (150, 184, 222), (220, 232, 246))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(3, 8)):
-        _conifer(draw, rng.uniform(0, CANVAS), 205, rng.uniform(60, 120), (120, 158, 160))
-    _ground(draw, rng, rng.uniform(0.52, 0.6), (226, 236, 248), 0.03)
-    _ground(draw, rng, rng.uniform(0.68, 0.75), (246, 250, 255), 0.03)
+        conifer(draw, rng.uniform(0, CANVAS), 205, rng.uniform(60, 120), (120, 158, 160))
+    ground(draw, rng, rng.uniform(0.52, 0.6), (226, 236, 248), 0.03)
+    ground(draw, rng, rng.uniform(0.68, 0.75), (246, 250, 255), 0.03)
     for x, y, r in zip(*rng.uniform(0, CANVAS, (2, 70)), rng.uniform(1.5, 4, 70), strict=True):
-        _disc(draw, x, y, r, (255, 255, 255))
+        disc(draw, x, y, r, (255, 255, 255))
     return image
 
 
 def forest(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (150, 196, 150), (60, 110, 64))
+    image = gradient(rng, (150, 196, 150), (60, 110, 64))
     draw = ImageDraw.Draw(image)
     for base, shade in ((190, 0.75), (220, 0.9), (245, 1.0)):
         for _ in range(rng.integers(5, 9)):
-            green = _vary(rng, tuple(int(c * shade) for c in (42, 112, 58)))
-            _conifer(draw, rng.uniform(-10, CANVAS + 10), base, rng.uniform(120, 210), green)
-    _ground(draw, rng, 0.74, _vary(rng, (74, 92, 46)), 0.015)
+            green = vary(rng, tuple(int(c * shade) for c in (42, 112, 58)))
+            conifer(draw, rng.uniform(-10, CANVAS + 10), base, rng.uniform(120, 210), green)
+    ground(draw, rng, 0.74, vary(rng, (74, 92, 46)), 0.015)
     return image
 
 
 def city_at_night(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (14, 16, 46), (58, 44, 96))
+    image = gradient(rng, (14, 16, 46), (58, 44, 96))
     draw = ImageDraw.Draw(image)
-    _disc(draw, rng.uniform(30, 290), rng.uniform(25, 60), 16, (244, 240, 210))
+    disc(draw, rng.uniform(30, 290), rng.uniform(25, 60), 16, (244, 240, 210))
     x = -10.0
     while x < CANVAS:
         w, top = rng.uniform(34, 62), rng.uniform(60, 180)
-        draw.rectangle((x, top, x + w, CANVAS), fill=_vary(rng, (30, 32, 58), 8))
+        draw.rectangle((x, top, x + w, CANVAS), fill=vary(rng, (30, 32, 58), 8))
         for wx in np.arange(x + 6, x + w - 8, 13):
             for wy in np.arange(top + 8, 250, 16):
                 if rng.random() < 0.55:
-                    draw.rectangle((wx, wy, wx + 6, wy + 8), fill=_vary(rng, (250, 214, 110)))
+                    draw.rectangle((wx, wy, wx + 6, wy + 8), fill=vary(rng, (250, 214, 110)))
         x += w + rng.uniform(0, 6)
     draw.rectangle((0, 258, CANVAS, CANVAS), fill=(38, 38, 50))
     return image
 
 
 def desert(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (250, 186, 104), (252, 226, 170))
+    image = gradient(rng, (250, 186, 104), (252, 226, 170))
     draw = ImageDraw.Draw(image)
-    _disc(draw, rng.uniform(40, 280), rng.uniform(40, 90), 24, (255, 244, 200))
-    _ground(draw, rng, 0.55, _vary(rng, (226, 160, 92)), 0.05)
+    disc(draw, rng.uniform(40, 280), rng.uniform(40, 90), 24, (255, 244, 200))
+    ground(draw, rng, 0.55, vary(rng, (226, 160, 92)), 0.05)
     for _ in range(rng.integers(1, 4)):
         x, base, h = rng.uniform(10, 310), rng.uniform(185, 215), rng.uniform(50, 90)
-        for dx, low, high in ((0, 0, h), (-h * 0.25, h * 0.4, h * 0.75), (h * 0.25, h * 0.3, h * 0.65)):
+        for dx, low, high in (
+            (0, 0, h),
+            (-h * 0.25, h * 0.4, h * 0.75),
+            (h * 0.25, h * 0.3, h * 0.65),
+        ):
             draw.line((x + dx, base - low, x + dx, base - high), fill=(72, 140, 82), width=12)
         draw.line((x - h * 0.25, base - h * 0.4, x + h * 0.25, base - h * 0.35), (72, 140, 82), 10)
-    _ground(draw, rng, 0.7, _vary(rng, (240, 184, 112)), 0.04)
+    ground(draw, rng, 0.7, vary(rng, (240, 184, 112)), 0.04)
     return image
 
 
 def under_water(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (70, 190, 214), (10, 62, 122))
+    image = gradient(rng, (70, 190, 214), (10, 62, 122))
     draw = ImageDraw.Draw(image)
     for _ in range(4):
         x = rng.uniform(0, CANVAS)
@@ -149,129 +113,133 @@ def under_water(rng: Generator) -> Image.Image:
         draw.line(list(zip(xs.tolist(), ys.tolist(), strict=True)), fill=(40, 140, 92), width=9)
     for x, y, r in zip(*rng.uniform(0, CANVAS, (2, 16)), rng.uniform(3, 8, 16), strict=True):
         draw.ellipse((x - r, y - r, x + r, y + r), outline=(200, 240, 248), width=2)
-    _ground(draw, rng, 0.86, _vary(rng, (196, 180, 130)), 0.02)
+    ground(draw, rng, 0.86, vary(rng, (196, 180, 130)), 0.02)
     return image
 
 
 def meadow(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (110, 188, 246), (214, 238, 252))
+    image = gradient(rng, (110, 188, 246), (214, 238, 252))
     draw = ImageDraw.Draw(image)
-    _clouds(draw, rng)
-    _ground(draw, rng, rng.uniform(0.5, 0.58), _vary(rng, (112, 178, 84)), 0.03)
-    _ground(draw, rng, rng.uniform(0.64, 0.7), _vary(rng, (132, 200, 80)), 0.03)
+    clouds(draw, rng)
+    ground(draw, rng, rng.uniform(0.5, 0.58), vary(rng, (112, 178, 84)), 0.03)
+    ground(draw, rng, rng.uniform(0.64, 0.7), vary(rng, (132, 200, 80)), 0.03)
     petals = ((250, 90, 110), (255, 220, 90), (250, 250, 250), (180, 110, 220))
     for x, y in zip(rng.uniform(0, CANVAS, 34), rng.uniform(232, 316, 34), strict=True):
-        _disc(draw, x, y, rng.uniform(3, 5), petals[rng.integers(4)])
+        disc(draw, x, y, rng.uniform(3, 5), petals[rng.integers(4)])
     return image
 
 
 def space(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (8, 8, 28), (22, 10, 46))
+    image = gradient(rng, (8, 8, 28), (22, 10, 46))
     draw = ImageDraw.Draw(image)
-    _disc(draw, rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), 60, _vary(rng, (70, 34, 110), 30))
+    disc(draw, rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), 60, vary(rng, (70, 34, 110), 30))
     image = image.filter(ImageFilter.GaussianBlur(26))
     draw = ImageDraw.Draw(image)
     for x, y, r in zip(*rng.uniform(0, CANVAS, (2, 80)), rng.uniform(1, 2.6, 80), strict=True):
-        _disc(draw, x, y, r, (255, 255, 240))
+        disc(draw, x, y, r, (255, 255, 240))
     x, y, r = rng.uniform(30, 290), rng.uniform(30, 110), rng.uniform(18, 34)
-    planet = _vary(rng, (206, 140, 92), 50)
-    _disc(draw, x, y, r, planet)
-    draw.ellipse((x - 1.7 * r, y - 0.35 * r, x + 1.7 * r, y + 0.35 * r), outline=(230, 214, 180), width=4)
+    planet = vary(rng, (206, 140, 92), 50)
+    disc(draw, x, y, r, planet)
+    draw.ellipse(
+        (x - 1.7 * r, y - 0.35 * r, x + 1.7 * r, y + 0.35 * r), outline=(230, 214, 180), width=4
+    )
     return image
 
 
 def mountains_at_sunset(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (96, 66, 140), (255, 176, 110))
+    image = gradient(rng, (96, 66, 140), (255, 176, 110))
     draw = ImageDraw.Draw(image)
-    _disc(draw, rng.uniform(60, 260), 150, 28, (255, 226, 150))
+    disc(draw, rng.uniform(60, 260), 150, 28, (255, 226, 150))
     for base, shade in ((230, (132, 84, 128)), (260, (88, 58, 104))):
         for x in np.arange(-40, CANVAS, rng.uniform(70, 110)):
             w, h = rng.uniform(70, 110), rng.uniform(80, 150)
-            draw.polygon([(x - w, base), (x + rng.uniform(-10, 10), base - h), (x + w, base)], shade)
-    draw.rectangle((0, 226, CANVAS, CANVAS), fill=_vary(rng, (64, 46, 76), 8))
+            draw.polygon(
+                [(x - w, base), (x + rng.uniform(-10, 10), base - h), (x + w, base)], shade
+            )
+    draw.rectangle((0, 226, CANVAS, CANVAS), fill=vary(rng, (64, 46, 76), 8))
     return image
 
 
 def room(rng: Generator) -> Image.Image:
-    wall = _vary(rng, (224, 206, 180), 30)
-    image = _gradient(rng, wall, wall, 4)
+    wall = vary(rng, (224, 206, 180), 30)
+    image = gradient(rng, wall, wall, 4)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 226, CANVAS, CANVAS), fill=_vary(rng, (160, 112, 72)))
+    draw.rectangle((0, 226, CANVAS, CANVAS), fill=vary(rng, (160, 112, 72)))
     for x in range(0, CANVAS, 46):
         draw.line((x, 230, x - 20, CANVAS), fill=(132, 92, 60), width=3)
     draw.rectangle((0, 220, CANVAS, 228), fill=(246, 242, 234))
     x = rng.uniform(20, 200)
     draw.rectangle((x, 30, x + 96, 128), fill=(250, 250, 250))
-    draw.rectangle((x + 7, 37, x + 89, 121), fill=_vary(rng, (160, 210, 244)))
+    draw.rectangle((x + 7, 37, x + 89, 121), fill=vary(rng, (160, 210, 244)))
     draw.line((x + 48, 37, x + 48, 121), fill=(250, 250, 250), width=6)
     draw.line((x + 7, 79, x + 89, 79), fill=(250, 250, 250), width=6)
     return image
 
 
 def kitchen(rng: Generator) -> Image.Image:
-    tile, grout = _vary(rng, (214, 232, 236), 18), (250, 250, 250)
-    image = _gradient(rng, tile, tile, 3)
+    tile, grout = vary(rng, (214, 232, 236), 18), (250, 250, 250)
+    image = gradient(rng, tile, tile, 3)
     draw = ImageDraw.Draw(image)
     for k in range(0, CANVAS, 40):
         draw.line((0, k, CANVAS, k), fill=grout, width=4)
         draw.line((k, 0, k, 220), fill=grout, width=4)
     draw.rectangle((0, 40, CANVAS, 52), fill=(150, 106, 70))
     for x in np.arange(20, CANVAS, 50):
-        colour = _vary(rng, (200, 110, 80), 60)
+        colour = vary(rng, (200, 110, 80), 60)
         draw.rectangle((x, 14, x + rng.uniform(16, 28), 40), fill=colour)
-    draw.rectangle((0, 222, CANVAS, 244), fill=_vary(rng, (236, 228, 214), 8))
-    draw.rectangle((0, 244, CANVAS, CANVAS), fill=_vary(rng, (176, 130, 92)))
+    draw.rectangle((0, 222, CANVAS, 244), fill=vary(rng, (236, 228, 214), 8))
+    draw.rectangle((0, 244, CANVAS, CANVAS), fill=vary(rng, (176, 130, 92)))
     return image
 
 
 def street(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (150, 204, 244), (226, 238, 246))
+    image = gradient(rng, (150, 204, 244), (226, 238, 246))
     draw = ImageDraw.Draw(image)
     x = -6.0
     while x < CANVAS:
         w, top = rng.uniform(56, 90), rng.uniform(40, 110)
-        draw.rectangle((x, top, x + w, 226), fill=_vary(rng, (206, 138, 104), 45))
+        draw.rectangle((x, top, x + w, 226), fill=vary(rng, (206, 138, 104), 45))
         for wx in np.arange(x + 9, x + w - 14, 24):
             for wy in np.arange(top + 12, 200, 34):
                 draw.rectangle((wx, wy, wx + 13, wy + 19), fill=(236, 244, 250))
         x += w + 3
     draw.rectangle((0, 222, CANVAS, 242), fill=(196, 194, 190))
-    draw.rectangle((0, 242, CANVAS, CANVAS), fill=_vary(rng, (92, 94, 100), 8))
+    draw.rectangle((0, 242, CANVAS, CANVAS), fill=vary(rng, (92, 94, 100), 8))
     for x in range(int(rng.integers(0, 40)) - 40, CANVAS, 64):
         draw.rectangle((x, 276, x + 36, 284), fill=(244, 236, 200))
     return image
 
 
 def library(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (104, 70, 46), (84, 56, 38))
+    image = gradient(rng, (104, 70, 46), (84, 56, 38))
     draw = ImageDraw.Draw(image)
     for shelf in (70, 148, 226):
         x = 4.0
         while x < CANVAS:
             w, h = rng.uniform(10, 20), rng.uniform(42, 62)
-            draw.rectangle((x, shelf - h, x + w - 2, shelf), fill=_vary(rng, (150, 100, 90), 80))
+            draw.rectangle((x, shelf - h, x + w - 2, shelf), fill=vary(rng, (150, 100, 90), 80))
             x += w
         draw.rectangle((0, shelf, CANVAS, shelf + 10), fill=(60, 38, 26))
-    draw.rectangle((0, 250, CANVAS, CANVAS), fill=_vary(rng, (122, 46, 50)))
+    draw.rectangle((0, 250, CANVAS, CANVAS), fill=vary(rng, (122, 46, 50)))
     return image
 
 
 def farm(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (140, 200, 246), (236, 240, 220))
+    image = gradient(rng, (140, 200, 246), (236, 240, 220))
     draw = ImageDraw.Draw(image)
-    _clouds(draw, rng)
-    _ground(draw, rng, 0.55, _vary(rng, (206, 182, 88)), 0.01)
+    clouds(draw, rng)
+    ground(draw, rng, 0.55, vary(rng, (206, 182, 88)), 0.01)
     for k in np.linspace(-300, CANVAS + 300, 16):
         draw.line((160 + (k - 160) * 0.25, 190, k, CANVAS), fill=(176, 150, 64), width=5)
     x = rng.uniform(20, 200)
-    draw.rectangle((x, 108, x + 90, 184), fill=_vary(rng, (186, 52, 46), 10))
+    draw.rectangle((x, 108, x + 90, 184), fill=vary(rng, (186, 52, 46), 10))
     draw.polygon([(x - 8, 110), (x + 45, 64), (x + 98, 110)], fill=(120, 40, 38))
     draw.rectangle((x + 30, 138, x + 60, 184), fill=(246, 240, 230))
     return image
 
 
 def volcano(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (44, 22, 34), (150, 56, 36))
+    image = gradient(rng, (44, 22, 34), (150, 56, 36))
     draw = ImageDraw.Draw(image)
     x = rng.uniform(90, 230)
     draw.polygon([(x - 150, 240), (x - 26, 70), (x + 26, 70), (x + 150, 240)], fill=(58, 42, 44))
@@ -280,16 +248,16 @@ def volcano(rng: Generator) -> Image.Image:
         pts = list(zip(xs.tolist(), np.linspace(70, 238, 6).tolist(), strict=True))
         draw.line(pts, fill=(255, 120, 30), width=10)
     for px, py in zip(rng.normal(x, 40, 22), rng.uniform(0, 70, 22), strict=True):
-        _disc(draw, px, py, rng.uniform(2, 6), _vary(rng, (255, 170, 60), 30))
-    _ground(draw, rng, 0.73, _vary(rng, (46, 34, 36), 6), 0.02)
+        disc(draw, px, py, rng.uniform(2, 6), vary(rng, (255, 170, 60), 30))
+    ground(draw, rng, 0.73, vary(rng, (46, 34, 36), 6), 0.02)
     return image
 
 
 def rain(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (84, 96, 112), (150, 160, 170))
+    image = gradient(rng, (84, 96, 112), (150, 160, 170))
     draw = ImageDraw.Draw(image)
-    _clouds(draw, rng, (112, 122, 136))
-    _ground(draw, rng, 0.68, _vary(rng, (92, 104, 104), 8), 0.01)
+    clouds(draw, rng, (112, 122, 136))
+    ground(draw, rng, 0.68, vary(rng, (92, 104, 104), 8), 0.01)
     for _ in range(5):
         x, y = rng.uniform(0, CANVAS), rng.uniform(240, 310)
         draw.ellipse((x - 36, y - 7, x + 36, y + 7), fill=(140, 158, 172))
@@ -299,30 +267,30 @@ def rain(rng: Generator) -> Image.Image:
 
 
 def castle(rng: Generator) -> Image.Image:
-    image = _gradient(rng, (128, 186, 236), (232, 236, 240))
+    image = gradient(rng, (128, 186, 236), (232, 236, 240))
     draw = ImageDraw.Draw(image)
-    _clouds(draw, rng)
-    stone, dark = _vary(rng, (166, 162, 158), 12), (96, 92, 92)
+    clouds(draw, rng)
+    stone, dark = vary(rng, (166, 162, 158), 12), (96, 92, 92)
     draw.rectangle((50, 110, 270, 240), fill=stone)
     for x in range(50, 270, 30):
         draw.rectangle((x, 96, x + 16, 112), fill=stone)
     for x in (26, 230):
-        draw.rectangle((x, 66, x + 62, 240), fill=_vary(rng, (150, 146, 144), 8))
-        roof = _vary(rng, (170, 60, 64), 30)
+        draw.rectangle((x, 66, x + 62, 240), fill=vary(rng, (150, 146, 144), 8))
+        roof = vary(rng, (170, 60, 64), 30)
         draw.polygon([(x - 8, 68), (x + 31, 14), (x + 70, 68)], fill=roof)
         draw.rectangle((x + 24, 96, x + 38, 122), fill=dark)
     draw.pieslice((128, 150, 192, 330), 180, 360, fill=dark)
-    _ground(draw, rng, 0.73, _vary(rng, (110, 168, 84)), 0.01)
+    ground(draw, rng, 0.73, vary(rng, (110, 168, 84)), 0.01)
     return image
 
 
 def stage(rng: Generator) -> Image.Image:
-    red = _vary(rng, (160, 26, 38), 16)
-    image = _gradient(rng, red, red, 4)
+    red = vary(rng, (160, 26, 38), 16)
+    image = gradient(rng, red, red, 4)
     draw = ImageDraw.Draw(image)
     for x in range(0, CANVAS, 26):
         draw.rectangle((x, 0, x + 11, 236), fill=tuple(int(c * 0.72) for c in red))
-    draw.rectangle((0, 232, CANVAS, CANVAS), fill=_vary(rng, (172, 122, 76)))
+    draw.rectangle((0, 232, CANVAS, CANVAS), fill=vary(rng, (172, 122, 76)))
     x = rng.uniform(120, 200)
     draw.ellipse((x - 110, 240, x + 110, 300), fill=(244, 220, 160))
     draw.rectangle((0, 0, CANVAS, 24), fill=(206, 164, 70))
@@ -342,7 +310,7 @@ def flat_colour(name: str, rng: Generator) -> Image.Image:
     """A plain backdrop of one colour, slightly lighter at the top."""
     colour = FLAT_COLOURS[name]
     lighter = tuple(min(255, c + 12) for c in colour)
-    return _gradient(rng, lighter, colour, 8)
+    return gradient(rng, lighter, colour, 8)
 
 
 def draw_scene(name: str, rng: Generator) -> Image.Image:

@@ -1,0 +1,13 @@
+"""The Gradio app: `python app.py` does the same as `sbora app`."""
+
+import sys
+
+from sbora_diffusion.core.errors import SboraError
+from sbora_diffusion.webui import main
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SboraError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,168 @@
+"""What all commands share: their options, what they print, and how they end."""
+
+import errno
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sbora_diffusion.core.errors import SboraError
+
+if TYPE_CHECKING:
+    from sbora_diffusion.diffusion.bases import Base
+
+# Typer 0.2x brings its own copy of click, so the class is reached through typer.
+UsageError: Any = typer.BadParameter.__base__
+
+OK, FAULT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Dtype(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="pocket, a hub id, a folder in diffusers layout (also a merged one) or a "
+        ".safetensors checkpoint. By default the base that the concepts name, else pocket.",
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, mps …; the best one present by default")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Numbers that the model computes in")]
+LibraryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--library",
+        help="The library file; by default $SBORA_LIBRARY, else in the user's data folder",
+    ),
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A TOML file with settings")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="One setting; may be repeated"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
+
+
+class Console:
+    """Where a command talks: results on stdout, warnings and progress on stderr.
+
+    Args:
+        as_json: stdout gets one JSON object and nothing else; what is said goes to stderr.
+    """
+
+    def __init__(self, as_json: bool = False):
+        self.as_json = as_json
+        self.warnings: list[str] = []
+
+    def say(self, text: str) -> None:
+        typer.echo(text, err=self.as_json)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        typer.echo(f"warning: {text}", err=True)
+
+    def result(self, document: dict[str, Any]) -> None:
+        """Print the machine-readable result, if that was asked for."""
+        if self.as_json:
+            typer.echo(json.dumps({**document, "warnings": self.warnings}, indent=2))
+
+    def table(self, columns: list[str], rows: list[list[str]]) -> None:
+        """Columns as wide as their content; the last one is never cut."""
+        widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+        for row in [columns, *rows]:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            self.say("  ".join(cells).rstrip())
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A bar with the time left, on a terminal; gives (done, total, note) → None."""
+        from rich import console, progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[note]}"),
+            progress.TimeRemainingColumn(),
+        )
+        screen = console.Console(stderr=True)
+        with progress.Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+            task = bar.add_task(what, total=None, note="")
+            yield lambda done, total, note="": bar.update(
+                task, completed=done, total=total, note=note
+            )
+
+
+def quiet_libraries() -> None:
+    """Silence the chatter and the bars of the libraries below; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def open_base(reference: str, device: str | None, dtype: str = "fp32") -> "Base":
+    """Load a base, quietly."""
+    quiet_libraries()
+    from sbora_diffusion.diffusion import bases
+
+    return bases.load_base(reference, device, dtype)
+
+
+def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run a command and give its exit status: 0 done, 2 wrong input, 1 a fault, 130 stopped."""
+    warnings.simplefilter("ignore")
+    try:
+        return app(args=arguments, prog_name="sbora", standalone_mode=False) or OK
+    except (KeyboardInterrupt, typer.Abort):
+        return _end("stopped", INTERRUPTED)
+    except UsageError as error:
+        return _end(f"{error.format_message()} See `sbora --help`.", WRONG_INPUT)
+    except SboraError as error:
+        return _end(str(error), WRONG_INPUT)
+    except OSError as error:
+        return _end(_about(error), WRONG_INPUT)
+    except Exception as error:
+        return _fault(error)
+
+
+def _fault(error: Exception) -> int:
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return _end("memory is full; use a smaller batch_size, --num or --dtype", WRONG_INPUT)
+    if os.environ.get("SBORA_DEBUG") == "1":
+        traceback.print_exc()
+        return FAULT
+    hint = "a fault of the program; SBORA_DEBUG=1 shows where"
+    return _end(f"{type(error).__name__}: {error}; {hint}", FAULT)
+
+
+def _about(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    place = f"{error.filename}: " if error.filename else ""
+    remedy = "; make room" if error.errno == errno.ENOSPC else ""
+    return f"{place}{reason}{remedy}"
+
+
+def _end(message: str, status: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return status

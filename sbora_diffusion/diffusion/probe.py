@@ -1,0 +1,37 @@
+"""How well a model redraws given pictures: its denoising error, always on the same noise."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.noise import Objective
+from sbora_diffusion.diffusion.pipeline import encode
+
+DRAWS = 8
+
+
+@torch.no_grad()
+def denoising_error(base: Base, pictures: Sequence[Tensor], caption: str, seed: int = 0) -> float:
+    """Mean squared error of the predicted noise (or velocity), over pictures and timesteps.
+
+    Noise and timesteps depend on the seed and the number of pictures alone, so that two captions,
+    or a model before and after training, are compared on the same task.
+
+    Args:
+        pictures: each (3, H, W) in [−1, 1].
+        caption: what the model is told about all of them.
+    """
+    pipeline = base.pipeline
+    objective = Objective(pipeline.scheduler.config, noise_offset=0.0, min_snr_gamma=None)
+    generator = torch.Generator().manual_seed(seed)
+    latents = encode(base, torch.stack(list(pictures)))
+    states, _ = pipeline.encode_prompt(caption, base.device, 1, False)
+    losses = []
+    for _ in range(DRAWS):
+        batch = objective.draw(latents, generator)
+        told = states.expand(len(latents), -1, -1)
+        predicted = pipeline.unet(batch.noised, batch.timesteps, told).sample
+        losses.append(objective.loss(predicted, batch))
+    return torch.stack(losses).mean().item()

@@ -1,0 +1,232 @@
+"""What the command line and the app share: train into the library, load concepts, add a file."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sbora_diffusion.core.concept import Concept, write_concept
+from sbora_diffusion.core.errors import ConfigError, ConflictError
+from sbora_diffusion.core.fingerprint import compare
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.concepts import Subject, read_subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.pipeline import draw
+from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.training import ConceptTraining, StepRecord, layer_width
+from sbora_diffusion.library import Entry, Library, Reservation
+from sbora_diffusion.lookup import load_concepts
+from sbora_diffusion.outputs import check_concept_output, make_parent
+from sbora_diffusion.pictures import save_png
+
+__all__ = [
+    "Samples",
+    "TrainResult",
+    "add_to_library",
+    "index_capacity",
+    "load_concepts",
+    "save_png",
+    "train_concept",
+]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave.
+
+    Attributes:
+        seconds: all of it, from reading the pictures to the written file.
+        loss_first, loss_last: averages over the first and the last tenth of the steps.
+    """
+
+    path: Path
+    digest: str
+    reservation: Reservation
+    warnings: tuple[str, ...]
+    seconds: float
+    loss_first: float
+    loss_last: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures drawn while a concept trains: at step 0, every `every` steps, and at the end."""
+
+    every: int
+    prompts: tuple[str, ...]
+    folder: Path
+    seed: int
+
+    def due(self, step: int, steps: int) -> bool:
+        return self.every > 0 and (step % self.every == 0 or step == steps)
+
+
+def train_concept(
+    base: Base,
+    subject: Subject | Path,
+    config: TrainConfig,
+    *,
+    library: Library,
+    output: Path,
+    slot: int | None = None,
+    on_start: Callable[[ConceptTraining, Reservation], None] | None = None,
+    on_record: Callable[[StepRecord], None] | None = None,
+    sample_every: int = 0,
+    sample_prompts: Sequence[str] = (),
+    sample_dir: Path | None = None,
+) -> TrainResult:
+    """Reserve a range, train, write the concept file, note it in the library.
+
+    Args:
+        subject: a subject, or the concept folder to read it from.
+        slot: explicit; if another concept owns it, the result is not registered and says so.
+        on_start: called once everything is ready to train.
+        sample_every: draw pictures every so many steps, 0 for none.
+        sample_prompts: of those pictures; "a photo of <token>" by default.
+        sample_dir: where they go, `<output stem>.samples` beside the output by default.
+
+    Raises:
+        SboraError: nothing is written, and the library is as it was before.
+    """
+    began = time.monotonic()
+    subject = subject if isinstance(subject, Subject) else read_subject(subject)
+    check_concept_output(output)
+    token = subject.settings.token
+    samples = Samples(
+        sample_every,
+        tuple(sample_prompts) or (f"a photo of {token}",),
+        sample_dir or output.with_name(f"{output.stem}.samples"),
+        config.seed,
+    )
+    with _reserved(base, subject, config, library, slot) as reservation:
+        training = ConceptTraining(base, subject, config, reservation.start)
+        try:
+            if on_start:
+                on_start(training, reservation)
+            losses = _run(training, samples, on_record)
+            make_parent(output)
+            digest = write_concept(output, training.concept())
+        finally:
+            training.close()
+        if reservation.registered:
+            name = subject.settings.name
+            library.record(base.key, config.variant, name, output, digest, token)
+    tenth = max(1, len(losses) // 10)
+    return TrainResult(
+        path=output,
+        digest=digest,
+        reservation=reservation,
+        warnings=_slot_warnings(reservation),
+        seconds=time.monotonic() - began,
+        loss_first=sum(losses[:tenth]) / tenth,
+        loss_last=sum(losses[-tenth:]) / tenth,
+    )
+
+
+def index_capacity(base: Base, config: TrainConfig) -> int:
+    """Width of the narrowest adapted layer: how many indices all concepts together can own."""
+    layers = target_layers(base.pipeline, config.targets).values()
+    return min(layer_width(layer, config.variant) for layer in layers)
+
+
+def add_to_library(path: Path, concept: Concept, base: Base, library: Library) -> Entry:
+    """Register a concept file that was trained elsewhere, in the range that it has.
+
+    Raises:
+        BaseMismatch: it belongs to another base.
+        ConflictError: its range, or its name, belongs to another concept.
+        ConfigError: its range has no slot number.
+    """
+    meta = concept.meta
+    compare(meta.fingerprint, base.fingerprint)
+    if meta.slot is None:
+        raise ConfigError(f"{path} has no slot", "train it again with --slot")
+    known = _entry(library, base, meta.variant, meta.name)
+    if known and (known.start, known.stop) != (meta.start, meta.stop):
+        raise ConflictError(
+            f"the library has another {meta.name!r}, of indices {known.start} to {known.stop - 1}",
+            f"`sbora library remove {meta.name}` first",
+        )
+    narrowest = min(meta.widths.values())
+    got = library.reserve(base.key, meta.variant, meta.name, meta.rank, narrowest, meta.slot)
+    if not got.registered:
+        raise ConflictError(
+            f"indices {meta.start} to {meta.stop - 1} belong to another concept in the library",
+            "see `sbora library list`, and train one of the two again",
+        )
+    token = meta.tokens[0].token if meta.tokens else None
+    library.record(base.key, meta.variant, meta.name, path, meta.digest, token)
+    entry = _entry(library, base, meta.variant, meta.name)
+    assert entry
+    return entry
+
+
+@contextmanager
+def _reserved(
+    base: Base, subject: Subject, config: TrainConfig, library: Library, slot: int | None
+) -> Iterator[Reservation]:
+    """A range for one training; if that fails the library gets its former state back."""
+    name, capacity = subject.settings.name, index_capacity(base, config)
+    before = _entry(library, base, config.variant, name)
+    reservation = library.reserve(base.key, config.variant, name, config.rank, capacity, slot)
+    try:
+        yield reservation
+    except BaseException:
+        if reservation.registered:
+            _give_back(library, base, config.variant, name, before, capacity)
+        raise
+
+
+def _give_back(
+    library: Library, base: Base, variant: str, name: str, before: Entry | None, capacity: int
+) -> None:
+    after = _entry(library, base, variant, name)
+    if before is None:
+        library.remove(name, base.key, variant)
+    elif after is None or (before.start, before.stop) != (after.start, after.stop):
+        library.reserve(base.key, variant, name, before.rank, capacity, before.slot)
+        if before.path and before.digest:
+            library.record(base.key, variant, name, before.path, before.digest, before.token)
+
+
+def _entry(library: Library, base: Base, variant: str, name: str) -> Entry | None:
+    entries = library.concepts(base.key)
+    return next((e for e in entries if (e.variant, e.name) == (variant, name)), None)
+
+
+def _run(
+    training: ConceptTraining, samples: Samples, on_record: Callable[[StepRecord], None] | None
+) -> list[float]:
+    steps, losses = training.config.steps, []
+    if samples.due(0, steps):
+        _draw_samples(training.base, samples, 0)
+    for record in training.steps():
+        losses.append(record.loss)
+        if on_record:
+            on_record(record)
+        if samples.due(record.step, steps):
+            _draw_samples(training.base, samples, record.step)
+    return losses
+
+
+def _draw_samples(base: Base, samples: Samples, step: int) -> None:
+    """All prompts side by side in one picture, always from the same seed."""
+    pictures = draw(base, samples.prompts, [samples.seed] * len(samples.prompts))
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
+    for column, picture in enumerate(pictures):
+        sheet.paste(picture, (column * picture.width, 0))
+    prompt = " | ".join(samples.prompts)
+    path = samples.folder / f"step_{step:05d}.png"
+    save_png(sheet, path, {"prompt": prompt, "seed": samples.seed, "training_step": step})
+
+
+def _slot_warnings(reservation: Reservation) -> tuple[str, ...]:
+    if reservation.registered:
+        return ()
+    return (
+        f"slot {reservation.slot} belongs to another concept: this one is not registered in the "
+        "library and cannot be merged with that one",
+    )

@@ -1,0 +1,81 @@
+"""Can an output be written? Asked before the work that would otherwise be lost."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from sbora_diffusion.core.concept import read_concept
+from sbora_diffusion.core.errors import ConfigError, ConflictError, ResourceError, SboraError
+
+CONCEPT_SUFFIX = ".safetensors"
+
+
+def check_concept_output(path: Path) -> None:
+    """Refuse an output that could not be written or would destroy another file.
+
+    Raises:
+        ConfigError: not named `.safetensors`, a folder, or a file that is no concept file.
+        ResourceError: the folder cannot be written.
+    """
+    if path.suffix != CONCEPT_SUFFIX:
+        raise ConfigError(f"output {path} must end in {CONCEPT_SUFFIX}", f"e.g. {path}.safetensors")
+    check_writable(path)
+    if path.exists():
+        try:
+            read_concept(path)
+        except SboraError as error:
+            raise ConfigError(
+                f"{path} exists and is not a concept file", "choose another output or delete it"
+            ) from error
+
+
+def check_model_output(folder: Path) -> None:
+    """Refuse a folder that cannot be made or that holds something.
+
+    Raises:
+        ConflictError: it exists and is not empty.
+        ResourceError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConflictError(f"{folder} exists and is not empty", "give another --output")
+    _try_writing(folder)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be made; folders above it may still be missing.
+
+    Raises:
+        ConfigError: it is a folder.
+        ResourceError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise ConfigError(f"output {path} is a folder", "give the name of a file")
+    _try_writing(path)
+
+
+def make_parent(path: Path) -> None:
+    """Make the missing folders above a file.
+
+    Raises:
+        ResourceError: they cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _try_writing(path: Path) -> None:
+    """Make a nameless file where `path`, or the first missing folder above it, will be made."""
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{path} cannot be written: {error.strerror}", "choose a folder that is writable"
+    )

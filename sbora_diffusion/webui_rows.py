@@ -1,0 +1,95 @@
+"""One concept as a row of the app's page."""
+
+import base64
+import functools
+import html
+import io
+import json
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from sbora_diffusion.cards import Card
+from sbora_diffusion.studio import MAX_WEIGHT
+
+ROW_CSS = """
+.concept {display: grid !important; align-items: center; gap: 4px 12px !important;
+  grid-template-columns: 24px minmax(130px, 1fr) max-content 170px}
+.concept .html-container {padding: 0 !important}
+.concept .reset-button {display: none}
+.concept .card b {overflow-wrap: anywhere}
+.concept > * {min-width: 0 !important; width: auto !important}
+.concept .card {display: flex; align-items: center; gap: 10px}
+.concept .card img, .concept .card .none {width: 52px; height: 52px; border-radius: 8px;
+  object-fit: cover; flex: none}
+.concept .card .none {display: grid; place-items: center; font-weight: 600;
+  background: var(--neutral-200); color: var(--neutral-700)}
+.concept .card small {display: block; color: var(--body-text-color-subdued)}
+.concept .token {font-family: var(--font-mono); font-weight: 400}
+.concept .switch {background: none !important; border: none !important; padding: 0 !important;
+  box-shadow: none !important}
+.concept .switch input {border-color: var(--neutral-400) !important; width: 20px; height: 20px}
+.concept .switch span {position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%)}
+@media (max-width: 600px) {
+  .concept {grid-template-columns: 24px minmax(0, 1fr) max-content}
+  .concept > :nth-child(4) {grid-column: 2 / 4}
+}
+"""
+# A change of a row goes into the selection in the browser, so it cannot arrive after Generate.
+SELECT_JS = """(on, weight, selection) => {{
+  const next = {{...(selection || {{}})}};
+  if (on) next[{key}] = weight; else delete next[{key}];
+  return next;
+}}"""
+INSERT_JS = """(prompt) => [
+  (prompt || "").includes({token}) ? prompt : ((prompt || "").trimEnd() + " " + {token}).trim(),
+  true]"""
+
+
+def concept_row(card: Card, on: bool, prompt: gr.Textbox, selection: gr.JSON) -> None:
+    """Switch, picture and name, token, and weight of one concept.
+
+    The row writes into `selection` (key → weight), the token's button into `prompt`.
+    """
+    with gr.Row(elem_classes="concept", key=card.key):
+        # Said, since gradio takes what an event writes into for an output and locks it.
+        switch = gr.Checkbox(
+            on, label=f"use {card.name}", container=False, elem_classes="switch", min_width=24,
+            interactive=True,
+        )  # fmt: skip
+        gr.HTML(_card_html(card), min_width=130)
+        token = gr.Button(card.token or "–", size="sm", min_width=60, elem_classes="token")
+        weight = gr.Slider(
+            0, MAX_WEIGHT, 1.0, step=0.05, label=f"weight of {card.name}", show_label=False,
+            container=False, min_width=150, interactive=True,
+        )  # fmt: skip
+    key = json.dumps(card.key)
+    for part in (switch, weight):
+        part.change(
+            None, [switch, weight, selection], selection, js=SELECT_JS.format(key=key), queue=False
+        )
+    insert = INSERT_JS.format(token=json.dumps(card.token))
+    token.click(None, [prompt], [prompt, switch], js=insert, queue=False)
+
+
+def _card_html(card: Card) -> str:
+    picture = f'<span class="none">{card.name[0].upper()}</span>'
+    if card.thumbnail and (data := _thumbnail(card.thumbnail)):
+        picture = f'<img src="data:image/jpeg;base64,{data}" alt="reference of {card.name}">'
+    name, noun = html.escape(card.name), html.escape(card.class_noun)
+    return f'<div class="card">{picture}<div><b>{name}</b><small>{noun}</small></div></div>'
+
+
+@functools.lru_cache(maxsize=256)
+def _thumbnail(path: Path) -> str:
+    """A small JPEG in base64, "" if the file is no picture."""
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((128, 128))
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "JPEG", quality=85)
+    except (OSError, Image.DecompressionBombError):
+        return ""
+    return base64.b64encode(buffer.getvalue()).decode()

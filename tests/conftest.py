@@ -1,0 +1,41 @@
+"""What several test files share: the pocket base and two concepts trained for two steps."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when diffusers is imported, hence before it
+
+import pytest
+import torch
+
+from sbora_diffusion.core.concept import write_concept
+from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.concepts import read_subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.training import ConceptTraining
+
+CONCEPTS = Path(__file__).parent.parent / "concepts"
+TINY = TrainConfig(steps=2, copies=1, batch_size=1)
+
+
+@pytest.fixture(scope="session")
+def pocket() -> Base:
+    """The pocket base on the CPU; every test leaves it as it found it."""
+    torch.set_num_threads(2)
+    return load_base("pocket", "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_concepts(pocket, tmp_path_factory) -> dict[str, Path]:
+    """Name → concept file of two subjects, FA, rank 8, in slots 0 and 1."""
+    folder = tmp_path_factory.mktemp("tiny")
+    files = {}
+    for slot, name in enumerate(("plushbear", "baseballcap")):
+        training = ConceptTraining(pocket, read_subject(CONCEPTS / name), TINY, slot * TINY.rank)
+        try:
+            list(training.steps())
+            files[name] = folder / f"{name}.safetensors"
+            write_concept(files[name], training.concept())
+        finally:
+            training.close()
+    return files

@@ -1,0 +1,108 @@
+"""Bases from folders, files and the hub: loaded, or refused in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sbora_diffusion.core.concept import read_concept
+from sbora_diffusion.core.errors import BaseMismatch, ConfigError, FormatError, ResourceError
+from sbora_diffusion.core.fingerprint import compare
+from sbora_diffusion.diffusion.bases import POCKET, Base, load_base
+from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
+
+
+def refusal(reference, kind, **options):
+    with pytest.raises(kind) as caught:
+        load_base(str(reference), **{"device": "cpu", **options})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    return str(caught.value)
+
+
+def test_pocket_is_recognised_and_ready_for_inference(pocket):
+    assert (pocket.family, pocket.public_name, pocket.resolution) == ("pocket", "pocket", 128)
+    assert pocket.key.startswith("pocket-") and pocket.device.type == "cpu"
+    for model in (pocket.pipeline.unet, pocket.pipeline.vae, pocket.pipeline.text_encoder):
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_copy_in_another_folder_is_the_same_base_without_a_public_name(pocket, tmp_path):
+    copy = load_base(str(shutil.copytree(POCKET, tmp_path / "copy")), "cpu")
+    assert copy.fingerprint == pocket.fingerprint and copy.key == pocket.key
+    assert copy.public_name == ""
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./a/b", "/no/such/folder", "a/b/c", "file.ckpt"])
+def test_a_reference_to_nothing_says_what_can_be_given(name):
+    assert "give 'pocket', a folder" in refusal(name, ConfigError)
+
+
+def test_a_folder_without_a_model_and_one_with_a_broken_model_are_refused(tmp_path):
+    assert "has no model_index.json" in refusal(tmp_path, FormatError)
+    (tmp_path / "model_index.json").write_text("{")
+    assert "cannot be read" in refusal(tmp_path, FormatError)
+    broken = shutil.copytree(POCKET, tmp_path / "broken")
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 100)
+    assert "broken cannot be read" in refusal(broken, FormatError)
+
+
+def test_a_hub_id_that_cannot_be_fetched_says_so():
+    message = refusal("nobody/no-such-model", ResourceError)
+    assert "cannot be fetched from the hub; check the name" in message
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"x")
+    (tmp_path / "b.safetensors").write_bytes(b"x" * 50)
+    save_file({"weight": torch.zeros(3)}, tmp_path / "c.safetensors")
+    assert "not a .safetensors file" in refusal(tmp_path / "a.ckpt", FormatError)
+    for name in ("b", "c"):
+        assert "cannot be read as a checkpoint" in refusal(
+            tmp_path / f"{name}.safetensors", FormatError
+        )
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert "'nonsense' cannot be used" in refusal("pocket", ConfigError, device="nonsense")
+
+
+def test_an_unknown_precision_is_refused():
+    assert "fp32, fp16 or bf16" in refusal("pocket", ConfigError, dtype="fp8")
+
+
+def test_a_model_of_an_unknown_family_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sbora_diffusion.diffusion.bases.FAMILIES", ())
+    assert "cross-attention width 192" in refusal("pocket", FormatError)
+
+
+@pytest.fixture(scope="module")
+def rounded() -> Base:
+    return load_base("pocket", "cpu", "bf16")
+
+
+def test_a_rounded_base_accepts_a_concept_with_a_warning_and_draws(rounded, tiny_concepts):
+    live = ConceptPipeline(rounded)
+    assert live.add(read_concept(tiny_concepts["plushbear"])) is True
+    found = draw_latents(rounded, ["a <plushbear>"], [0], steps=1)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    live.remove("plushbear")
+
+
+def test_the_rounded_relation_holds_both_ways_and_the_stored_precision_is_the_same(pocket, rounded):
+    assert compare(pocket.fingerprint, rounded.fingerprint) == "rounded"
+    assert compare(rounded.fingerprint, pocket.fingerprint) == "rounded"
+    half = load_base("pocket", "cpu", "fp16")  # pocket is stored in fp16: nothing is rounded
+    assert compare(pocket.fingerprint, half.fingerprint) == "same"
+
+
+def test_a_base_with_one_other_weight_is_another_base(pocket, tmp_path):
+    changed = dict(pocket.fingerprint)
+    changed[min(changed)] = "f" * 48
+    with pytest.raises(BaseMismatch, match="1 of 72 adapted layers are different"):
+        compare(pocket.fingerprint, changed)
+
+
+def test_the_model_index_of_pocket_names_no_path():
+    assert "_name_or_path" not in json.loads((POCKET / "model_index.json").read_text())

@@ -1,0 +1,211 @@
+"""The app, asked through its HTTP interface by gradio's own client."""
+
+import re
+import shutil
+import socket
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gradio", reason="the app needs the extra `ui`")
+pytest.importorskip("gradio_client")
+
+import httpx
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from sbora_diffusion.core.concept import read_concept, write_concept
+from sbora_diffusion.core.errors import ConfigError, ResourceError
+from sbora_diffusion.library import Library
+from sbora_diffusion.studio import Request, Stopped, Studio
+from sbora_diffusion.webui import main
+
+PROMPT = "a photo of <plushbear> next to <baseballcap> on the beach"
+BOTH = {"plushbear": 1.0, "baseballcap": 1.0}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def with_other_name(source, path, name):
+    """A copy of a concept, in the same slot, under another name and token."""
+    concept = read_concept(source)
+    token = concept.meta.tokens[0]
+    meta = concept.meta.model_copy(
+        update={"name": name, "tokens": (token.model_copy(update={"token": f"<{name}>"}),)}
+    )
+    renamed = {
+        key.replace(token.token, f"<{name}>"): value for key, value in concept.embeddings.items()
+    }
+    write_concept(path, type(concept)(meta, concept.layers, renamed))
+
+
+@pytest.fixture(scope="module")
+def served(tiny_concepts, tmp_path_factory):
+    """A running app: two examples, and one concept of the library that overlaps the first."""
+    folder = tmp_path_factory.mktemp("app")
+    examples = folder / "examples"
+    examples.mkdir()
+    for file in tiny_concepts.values():
+        shutil.copy(file, examples)
+    Image.new("RGBA", (300, 200), (200, 120, 40, 128)).save(examples / "plushbear.png")
+    (examples / "damaged.safetensors").write_bytes(b"not a concept")
+    twin = folder / "twin.safetensors"
+    with_other_name(tiny_concepts["plushbear"], twin, "twin")
+    library = Library(folder / "library.sqlite3")
+    library.reserve("pocket-x", "fa", "twin", 8, 160)
+    library.record("pocket-x", "fa", "twin", twin, "0" * 64, "<twin>")
+    port = free_port()
+    page = main(port=port, library=library.path, block=False, examples=examples)
+    yield SimpleNamespace(
+        url=f"http://127.0.0.1:{port}", port=port, page=page, examples=examples, library=library
+    )
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def draw(served):
+    """Pictures as arrays, the line of parameters, and the command."""
+    client = Client(served.url, verbose=False)
+
+    def ask(prompt=PROMPT, selection=None, seed=7, num=1, steps=2, guidance=4, negative=""):
+        chosen = BOTH if selection is None else selection
+        gallery, used, command = client.predict(
+            prompt, chosen, seed, num, steps, guidance, negative, api_name="/generate"
+        )
+        files = [item["image"] for item in gallery]
+        return SimpleNamespace(
+            files=files,
+            captions=[item["caption"] for item in gallery],
+            pixels=[np.asarray(Image.open(file)) for file in files],
+            used=used,
+            command=command,
+        )
+
+    return ask
+
+
+def test_the_page_loads_and_names_no_other_host_to_fetch_from(served):
+    page = httpx.get(served.url)
+    assert page.status_code == 200
+    fetched = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?://[^"]+)"', page.text)
+    assert [url for url in fetched if not url.startswith(served.url)] == []
+
+
+def test_the_names_of_the_interface_are_stable(served):
+    endpoints = Client(served.url, verbose=False).view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/generate", "/stop"}
+    parameters = [entry["parameter_name"] for entry in endpoints["/generate"]["parameters"]]
+    assert parameters == [
+        "prompt", "selection", "seed", "num", "steps", "guidance", "negative_prompt",
+    ]  # fmt: skip
+
+
+def test_two_concepts_give_as_many_pictures_as_asked_each_with_its_parameters(draw):
+    drawn = draw(num=3, seed=11)
+    assert drawn.captions == ["seed 11", "seed 12", "seed 13"]
+    assert len({pixels.tobytes() for pixels in drawn.pixels}) == 3
+    text = Image.open(drawn.files[1]).text["parameters"]
+    assert text.startswith(PROMPT) and "Seed: 12" in text and "plushbear:1" in text
+    assert "plushbear × 1" in drawn.used and "11 to 13" in drawn.used
+
+
+def test_the_same_request_gives_the_same_pixels_whatever_ran_before(draw):
+    first = draw()
+    draw(selection={"baseballcap": 0.4}, prompt="a photo of <baseballcap>", seed=1)
+    draw(selection={"baseballcap": 1.0, "plushbear": 0.2})
+    draw(selection={}, prompt="a photo of a dog")
+    assert np.array_equal(first.pixels[0], draw().pixels[0])
+
+
+def test_weight_zero_draws_what_the_base_draws_and_weight_one_does_not(draw):
+    prompt = "a photo of a dog on the beach"
+    base = draw(prompt, {}).pixels[0]
+    assert np.array_equal(base, draw(prompt, {"plushbear": 0.0, "baseballcap": 0.0}).pixels[0])
+    assert not np.array_equal(draw().pixels[0], draw(selection={}).pixels[0])
+
+
+def test_seed_minus_one_draws_another_picture_each_time_and_says_the_seed(draw):
+    once, again = draw(seed=-1), draw(seed=-1)
+    assert once.captions != again.captions
+    seed = int(once.captions[0].removeprefix("seed "))
+    assert f"--seed {seed} " in once.command
+    assert np.array_equal(draw(seed=seed).pixels[0], once.pixels[0])
+
+
+def test_the_command_line_names_prompt_files_weights_and_changed_settings(draw, served):
+    command = draw(selection={"plushbear": 0.75}, num=2, guidance=3.5, negative="fog").command
+    assert command.startswith(f"sbora generate '{PROMPT}'")
+    assert f"--concept {served.examples / 'plushbear.safetensors'}:0.75" in command
+    assert "--seed 7 --num 2 --steps 2 --guidance 3.5 --negative fog" in command
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"selection": {"plushbear": 1.0, "twin": 1.0}}, "'plushbear' and 'twin' share"),
+        ({"selection": {"nobody": 1.0}}, "no concept 'nobody'"),
+        ({"selection": {"plushbear": float("1e9")}}, "weight of plushbear must be between"),
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"num": 9}, "9"),
+        ({"steps": 0}, "0"),
+    ],
+)
+def test_a_wrong_request_gives_one_readable_line_and_the_next_one_works(draw, change, message):
+    with pytest.raises(AppError, match=re.escape(message)) as caught:
+        draw(**change)
+    assert "Traceback" not in str(caught.value)
+    assert len(draw().pixels) == 1
+
+
+def test_a_prompt_without_a_token_only_warns(served):
+    studio = Studio(served.library.path, served.examples)
+    asked = Request("a photo of <plushbear>", BOTH, seed=3, steps=1)
+    outcome = studio.draw(asked, lambda done, total: None, threading.Event())
+    assert len(outcome.files) == 1
+    assert [line for line in outcome.warnings if "<baseballcap>" in line] == outcome.warnings != []
+
+
+def test_a_prompt_with_the_token_of_a_concept_that_is_off_warns(served):
+    studio = Studio(served.library.path, served.examples)
+    asked = Request("a photo of <plushbear>", {}, seed=3, steps=1)
+    outcome = studio.draw(asked, lambda done, total: None, threading.Event())
+    assert [line for line in outcome.warnings if "plushbear is off" in line] == outcome.warnings
+    assert outcome.warnings
+
+
+def test_a_stopped_request_ends_at_the_next_step(served):
+    studio, stop, done_steps = Studio(served.library.path, served.examples), threading.Event(), []
+
+    def on_step(done, total):
+        done_steps.append(done)
+        stop.set()
+
+    with pytest.raises(Stopped):
+        studio.draw(Request("a dog", {}, seed=1, steps=50), on_step, stop)
+    assert done_steps == [1]
+
+
+def test_a_damaged_file_and_an_empty_folder_leave_a_usable_page(served, tmp_path):
+    cards, problems = Studio(served.library.path, served.examples).cards()
+    assert [card.key for card in cards] == ["baseballcap", "plushbear", "twin"]
+    assert [problem for problem in problems if "damaged.safetensors" in problem] == problems != []
+    assert Studio(tmp_path / "none.sqlite3", tmp_path / "missing").cards() == ([], [])
+
+
+def test_listening_beyond_this_machine_needs_a_login(tmp_path):
+    with pytest.raises(ConfigError, match="without a login"):
+        main(listen="0.0.0.0", library=tmp_path / "library.sqlite3")
+    with pytest.raises(ConfigError, match="NAME:PASSWORD"):
+        main(auth="ada:", library=tmp_path / "library.sqlite3")
+
+
+def test_a_port_in_use_is_one_clear_line(served):
+    with pytest.raises(ResourceError, match="is in use"):
+        main(port=served.port, library=served.library.path, block=False)
