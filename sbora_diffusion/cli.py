@@ -3,10 +3,9 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
 
 from sbora_diffusion import __version__
 from sbora_diffusion.cli_library import inspect, library_app
@@ -22,10 +21,10 @@ from sbora_diffusion.console import (
     SetOption,
     open_base,
     quiet_libraries,
+    read_settings,
     run,
 )
 from sbora_diffusion.core.errors import ConfigError
-from sbora_diffusion.core.settings import parse_overrides, read_toml, validate
 from sbora_diffusion.library import Library, Reservation
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from sbora_diffusion.diffusion.training import ConceptTraining
     from sbora_diffusion.jobs import TrainResult
 
-Settings = TypeVar("Settings", bound=BaseModel)
 WeightedConcepts = list[tuple["Concept", float]]
 
 app = typer.Typer(
@@ -91,7 +89,7 @@ def train(
 
     console = Console(as_json)
     flags = {"variant": variant, "rank": rank, "steps": steps, "seed": seed}
-    recipe = _settings(TrainConfig, config, settings, flags)
+    recipe = read_settings(TrainConfig, config, settings, flags)
     subject = read_subject(folder)
     output = output or Path(f"{subject.settings.name}.safetensors")
     check_concept_output(output)
@@ -193,13 +191,13 @@ def generate(
     from sbora_diffusion.diffusion.config import DrawConfig
     from sbora_diffusion.diffusion.pipeline import ConceptPipeline
     from sbora_diffusion.jobs import load_concepts
-    from sbora_diffusion.outputs import check_writable
+    from sbora_diffusion.outputs import check_writable, picture_files
     from sbora_diffusion.pictures import words_cut_off
 
     console = Console(as_json)
     flags = {"seed": seed, "num": num, "steps": steps, "guidance": guidance}
-    drawing = _settings(DrawConfig, config, settings, {**flags, "negative_prompt": negative})
-    files = _picture_files(output, drawing.num)
+    drawing = read_settings(DrawConfig, config, settings, {**flags, "negative_prompt": negative})
+    files = picture_files(output, drawing.num)
     check_writable(files[0])
     loaded = load_concepts(concept or [], Library(library))
     named = next((c.meta.base_name for c, _ in loaded if c.meta.base_name), "pocket")
@@ -228,11 +226,11 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Teach the pocket base two subjects, merge them, and draw what came out."""
-    from sbora_diffusion.demo import run_demo
+    from sbora_diffusion.demo import STEPS, run_demo
     from sbora_diffusion.diffusion.config import TrainConfig
 
     console = Console(as_json)
-    recipe = _settings(TrainConfig, None, settings, {})
+    recipe = read_settings(TrainConfig, None, settings, {})
     console.result(run_demo(open_base("pocket", device), out, console, recipe))
 
 
@@ -252,16 +250,6 @@ def serve(
             raise
         raise ConfigError("the app needs gradio", "pip install 'sbora-diffusion[ui]'") from error
     webui.main(listen, port, auth, library)
-
-
-def _settings(
-    model: type[Settings], file: Path | None, pairs: list[str] | None, flags: dict[str, Any]
-) -> Settings:
-    """Settings from a TOML file, then `-s key=value`, then the options of their own name."""
-    values = read_toml(file) if file else {}
-    validate(model, values, str(file))
-    given = {key: value for key, value in flags.items() if value is not None}
-    return validate(model, {**values, **parse_overrides(pairs or []), **given}, "settings")
 
 
 def _introduction(training: "ConceptTraining", range_: Reservation) -> str:
@@ -289,15 +277,6 @@ def _trained(result: "TrainResult", subject: "Subject") -> dict[str, Any]:
 
 def _base_flag(base: str | None) -> str:
     return f" --base {base}" if base and base != "pocket" else ""
-
-
-def _picture_files(output: Path, num: int) -> list[Path]:
-    """`out.png`, or `out_000.png`, `out_001.png` … for several pictures."""
-    if output.suffix.lower() != ".png":
-        raise ConfigError(f"output {output} must end in .png", f"e.g. {output}.png")
-    if num == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}_{k:03d}{output.suffix}") for k in range(num)]
 
 
 def _save(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbora_diffusion.core.errors import SboraError
+from sbora_diffusion.core.settings import Settings, parse_overrides, read_toml, validate
 
 if TYPE_CHECKING:
     from sbora_diffusion.diffusion.bases import Base
@@ -127,6 +128,20 @@ def open_base(reference: str, device: str | None, dtype: str = "fp32") -> "Base"
     from sbora_diffusion.diffusion import bases
 
     return bases.load_base(reference, device, dtype)
+
+
+def read_settings(
+    model: type[Settings], file: Path | None, pairs: list[str] | None, flags: dict[str, Any]
+) -> Settings:
+    """Settings from a TOML file, then `-s key=value`, then the options of their own name.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
+    values = read_toml(file) if file else {}
+    validate(model, values, str(file))
+    given = {key: value for key, value in flags.items() if value is not None}
+    return validate(model, {**values, **parse_overrides(pairs or []), **given}, "settings")
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:

@@ -53,6 +53,19 @@ def check_writable(path: Path) -> None:
     _try_writing(path)
 
 
+def picture_files(output: Path, num: int) -> list[Path]:
+    """`out.png`, or `out_000.png`, `out_001.png` … for several pictures.
+
+    Raises:
+        ConfigError: not named `.png`.
+    """
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"output {output} must end in .png", f"e.g. {output}.png")
+    if num == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}_{k:03d}{output.suffix}") for k in range(num)]
+
+
 def make_parent(path: Path) -> None:
     """Make the missing folders above a file.
 

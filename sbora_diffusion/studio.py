@@ -228,16 +228,17 @@ def _checked(request: Request) -> Request:
     for text in (request.prompt, request.negative_prompt):
         if len(text) > MAX_PROMPT:
             raise ConfigError(f"The prompt is longer than {MAX_PROMPT} characters", "shorten it")
-    _within("The number of images", request.num, 1, MAX_IMAGES)
-    _within("The number of steps", request.steps, 1, MAX_STEPS)
+    _within("The number of images", request.num, 1, MAX_IMAGES, whole=True)
+    _within("The number of steps", request.steps, 1, MAX_STEPS, whole=True)
+    _within("The seed", request.seed, -1, MAX_SEED, whole=True)
     _within("The guidance", request.guidance, 0, 30)
-    _within("The seed", request.seed, -1, MAX_SEED)
     for name, weight in request.concepts.items():
         _within(f"The weight of {name}", weight, 0, MAX_WEIGHT)
     return replace(request, seed=secrets.randbelow(MAX_SEED)) if request.seed == -1 else request
 
 
-def _within(what: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and math.isfinite(value)
+def _within(what: str, value: float, low: float, high: float, whole: bool = False) -> None:
+    number = isinstance(value, int if whole else int | float) and math.isfinite(value)
     if not number or not low <= value <= high:
-        raise ConfigError(f"{what} must be between {low} and {high}, got {value}")
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{what} must be {kind} between {low} and {high}, got {value}")

@@ -74,9 +74,9 @@ class Page:
         self,
         prompt: str,
         selection: dict[str, float] | None,
-        seed: float,
-        num: float,
-        steps: float,
+        seed: int,
+        num: int,
+        steps: int,
         guidance: float,
         negative_prompt: str,
         request: gr.Request,
@@ -180,13 +180,14 @@ class Page:
 
     def _results(self) -> list[gr.components.Component]:
         gallery = gr.Gallery(
-            label="Pictures", columns=2, height="auto", object_fit="contain", format="png",
-            interactive=False, buttons=["download", "fullscreen"], elem_id="gallery",
+            label="Pictures", show_label=False, columns=2, height="auto",
+            object_fit="contain", format="png", interactive=False,
+            buttons=["download", "fullscreen"], elem_id="gallery",
         )  # fmt: skip
         used = gr.Markdown("*Your pictures appear here.*", elem_id="used")
         command = gr.Textbox(
             label="The same on the command line", interactive=False, buttons=["copy"], lines=2,
-            max_lines=6, elem_id="command",
+            max_lines=8, elem_id="command",
         )  # fmt: skip
         return [gallery, used, command]
 

@@ -35,6 +35,8 @@ ROW_CSS = """
 @media (max-width: 600px) {
   .concept {grid-template-columns: 24px minmax(0, 1fr) max-content}
   .concept > :nth-child(4) {grid-column: 2 / 4}
+  .concept .card img, .concept .card .none {width: 40px; height: 40px}
+  .concept .card b {font-size: .9em}
 }
 """
 # A change of a row goes into the selection in the browser, so it cannot arrive after Generate.

@@ -15,7 +15,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.training import ConceptTraining
 
 CONCEPTS = Path(__file__).parent.parent / "concepts"
-TINY = TrainConfig(steps=2, copies=1, batch_size=1)
+TINY = TrainConfig(steps=2, copies=1, batch_size=1, resolution=64)
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from sbora_diffusion.core.concept import Concept, LayerFactor
-from sbora_diffusion.core.errors import BaseMismatch
+from sbora_diffusion.core.errors import BaseMismatch, FormatError
 from sbora_diffusion.core.functional import Variant
 from sbora_diffusion.core.tuner import SboraConfig, SboraLinear
-from sbora_diffusion.diffusion.targets import by_component, name_prefix
+from sbora_diffusion.diffusion.targets import by_component, name_prefix, target_layers
 
 
 def adapter_name(concept: str) -> str:
@@ -66,6 +66,7 @@ def inject(
 def inject_concept(pipeline: StableDiffusionPipeline, concept: Concept, weight: float) -> None:
     """Add a trained concept as an adapter."""
     meta = concept.meta
+    _refuse_misfits(pipeline, concept)
     adapted = inject(
         pipeline, meta.name, list(concept.layers), meta.variant, meta.rank, meta.alpha,
         meta.start, meta.allocation_seed, merge_key=meta.digest,
@@ -125,6 +126,18 @@ def _unwrap(model: nn.Module) -> None:
             model.set_submodule(path, module.base_layer)
     if not getattr(model, "peft_config", None):
         setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010
+
+
+def _refuse_misfits(pipeline: StableDiffusionPipeline, concept: Concept) -> None:
+    side = 0 if concept.meta.variant == "fa" else 1
+    bases = target_layers(pipeline)
+    for name, layer in concept.layers.items():
+        if name in bases and layer.factor.shape[side] != bases[name].weight.shape[side]:
+            raise FormatError(
+                f"concept {concept.meta.name!r}: the factor of {name!r} has shape "
+                f"{tuple(layer.factor.shape)}, the layer {tuple(bases[name].weight.shape)}",
+                "get the concept file again from its author",
+            )
 
 
 def _refuse_missing(model: nn.Module, paths: dict[str, str]) -> None:

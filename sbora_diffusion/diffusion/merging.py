@@ -98,6 +98,7 @@ class Merged:
         self.base.pipeline.save_pretrained(folder)
         if dtype != self.base.pipeline.dtype:
             _convert(folder, dtype)
+        _load_in_fp32_by_default(folder / "text_encoder" / "config.json")
         _forget_paths(folder)
         (folder / RECORD).write_text(json.dumps(self._record(dtype), indent=2) + "\n")
 
@@ -151,9 +152,13 @@ def _convert(folder: Path, dtype: torch.dtype) -> None:
             for name, value in load_file(file).items()
         }
         save_file(tensors, file, metadata={"format": "pt"})
-    config = folder / "text_encoder" / "config.json"  # transformers notes the precision, too
+
+
+def _load_in_fp32_by_default(config: Path) -> None:
+    """Diffusers loads everything in fp32 unless told otherwise, transformers in what the
+    configuration notes: a text encoder in fp16 would not fit the rest."""
     content = json.loads(config.read_text(encoding="utf-8"))
-    content["dtype"] = str(dtype).removeprefix("torch.")
+    content["dtype"] = "float32"
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

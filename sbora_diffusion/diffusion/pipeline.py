@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sbora_diffusion.core.concept import Concept, check_mergeable
-from sbora_diffusion.core.errors import ConfigError, ConflictError, NonFiniteError
+from sbora_diffusion.core.errors import ConfigError, ConflictError, NonFiniteError, SboraError
 from sbora_diffusion.core.fingerprint import compare
 from sbora_diffusion.diffusion.adapters import activate, eject, inject_concept, set_weight
 from sbora_diffusion.diffusion.bases import Base
@@ -39,12 +39,17 @@ class ConceptPipeline:
         Raises:
             BaseMismatch: it belongs to another base.
             ConflictError: name, token or indices are already in use.
+            FormatError: a factor or an embedding does not fit the base. Nothing was changed.
         """
         rounded = compare(concept.meta.fingerprint, self.fingerprint) == "rounded"
         check_mergeable([*self.concepts.values(), concept], allow_overlap)
         _refuse_bad_weight(weight)
         self.tokens.add(token_vectors(concept))
-        inject_concept(self.base.pipeline, concept, weight)
+        try:
+            inject_concept(self.base.pipeline, concept, weight)
+        except SboraError:
+            self.tokens.remove([entry.token for entry in concept.meta.tokens])
+            raise
         self.concepts[concept.meta.name] = concept
         activate(self.base.pipeline, list(self.concepts))
         return rounded

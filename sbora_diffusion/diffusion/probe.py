@@ -9,7 +9,7 @@ from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.noise import Objective
 from sbora_diffusion.diffusion.pipeline import encode
 
-DRAWS = 8
+DRAWS = 4
 
 
 @torch.no_grad()

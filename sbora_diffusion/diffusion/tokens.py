@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sbora_diffusion.core.errors import ConflictError
+from sbora_diffusion.core.errors import ConflictError, FormatError
 
 
 def vector_names(token: str, count: int) -> list[str]:
@@ -57,8 +57,17 @@ class PlaceholderTokens:
         _set_embeddings(self.pipeline.text_encoder, weight)
 
     def add(self, vectors: Mapping[str, Tensor]) -> None:
-        for token in vectors:
+        """Add placeholders.
+
+        Raises:
+            ConflictError: a token is already in the vocabulary; nothing is changed.
+            FormatError: the vectors are not as wide as the base's; nothing is changed.
+        """
+        width = self._base_weight.shape[1]
+        for token, rows in vectors.items():
             refuse_known_token(self.pipeline, token)
+            if rows.shape[1] != width:
+                raise FormatError(f"{token} is {rows.shape[1]} wide, the base's words are {width}")
         self.set({**self._vectors, **vectors})
 
     def remove(self, tokens: list[str]) -> None:

@@ -165,14 +165,14 @@ class ConceptTraining:
         return [Example(to_tensor(picture), (prompt,)) for picture in pictures]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        name = self.subject.settings.name
+        name = adapter_name(self.subject.settings.name)
         rates = {"unet": self.config.rate_unet, "text_encoder": self.config.rate_text_encoder}
         groups: list[dict[str, Any]] = [
             {"params": [self.trainable.vectors], "lr": self.config.rate_tokens}
         ]
         for component, rate in rates.items():
             factors = [
-                layer.sbora_factor[adapter_name(self.subject.settings.name)]
+                layer.sbora_factor[name]
                 for path, layer in self.adapted.items()
                 if path.startswith(component)
             ]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from sbora_diffusion.core.concept import read_concept
@@ -104,5 +105,10 @@ def test_a_base_with_one_other_weight_is_another_base(pocket, tmp_path):
         compare(pocket.fingerprint, changed)
 
 
-def test_the_model_index_of_pocket_names_no_path():
+def test_pocket_names_no_path_and_loads_in_one_precision_in_stock_diffusers():
     assert "_name_or_path" not in json.loads((POCKET / "model_index.json").read_text())
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        POCKET, safety_checker=None, local_files_only=True
+    )
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}

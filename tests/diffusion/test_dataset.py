@@ -1,4 +1,4 @@
-"""References of every kind become the same kind of training picture; what is no picture is named."""
+"""References of every kind become training pictures; what is no picture is named."""
 
 import random
 import struct

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sbora_diffusion.core.errors import BaseMismatch, ConflictError, NonFiniteError, ResourceError
@@ -122,7 +123,7 @@ def test_either_order_gives_the_same_bytes_of_every_file(pocket, strong, tmp_pat
 
 
 def test_overlapping_concepts_are_refused_and_nothing_changes(pocket, original, strong):
-    with pytest.raises(ConflictError, match="share 576 indices in 72 layers.*--allow-overlap"):
+    with pytest.raises(ConflictError, match=r"share 576 indices in 72 layers.*--allow-overlap"):
         Merged(pocket, [(strong["one"], 1.0), (strong["double"], 1.0)])
     assert_untouched(pocket, original)
 
@@ -176,8 +177,6 @@ def test_saving_in_half_precision_rounds_the_fp32_folder_once(
     for key, value in full.items():
         expected = value.to(dtype) if value.is_floating_point() else value
         assert half[key].dtype == expected.dtype and torch.equal(half[key], expected)
-    config = json.loads((tmp_path / "m" / "text_encoder" / "config.json").read_text())
-    assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert draw_latents(stock(tmp_path / "m"), ["a <one>"], [0], 1).isfinite().all()
 
 
@@ -221,7 +220,11 @@ def test_a_folder_that_is_not_empty_and_a_file_are_not_overwritten(pocket, stron
     assert [p.name for p in tmp_path.rglob("*")] == ["full", "mine"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error"), KeyboardInterrupt()],
+    ids=repr,
+)
 def test_a_save_that_stops_in_the_middle_leaves_nothing_behind(
     pocket, strong, tmp_path, monkeypatch, error
 ):
@@ -229,7 +232,7 @@ def test_a_save_that_stops_in_the_middle_leaves_nothing_behind(
         raise error
 
     monkeypatch.setattr("sbora_diffusion.diffusion.merging._forget_paths", stop)
-    expected = ResourceError if isinstance(error, OSError) else KeyboardInterrupt
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ResourceError
     with pytest.raises(expected):
         merge_and_save(pocket, tmp_path / "model", [(strong["one"], 1.0)])
     assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sbora_diffusion.core.concept import read_concept
-from sbora_diffusion.core.errors import BaseMismatch, ConfigError, ConflictError
+from sbora_diffusion.core.concept import Concept, LayerFactor, read_concept
+from sbora_diffusion.core.errors import BaseMismatch, ConfigError, ConflictError, FormatError
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents, generate
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 
@@ -132,7 +132,7 @@ def test_a_name_a_token_or_an_index_in_use_is_refused(pocket, live, strong, tmp_
     thief = strong["two"].meta.model_copy(update=token)
     renamed = {"text_encoder.<one>": strong["two"].embeddings["text_encoder.<two>"]}
     with pytest.raises(ConflictError, match="token '<one>'"):
-        live.add(type(strong["two"])(thief, strong["two"].layers, renamed))
+        live.add(Concept(thief, strong["two"].layers, renamed))
     double = strong_concept(pocket, tmp_path, "double", slot=0)
     with pytest.raises(ConflictError, match="share 576 indices in 72 layers"):
         live.add(double)
@@ -154,6 +154,26 @@ def test_unknown_names_are_refused_and_the_attached_ones_listed(live, strong):
     for act in (live.remove, lambda name: live.set_weight(name, 1.0)):
         with pytest.raises(ConflictError, match=r"'nobody' is attached; attached are \['one'\]"):
             act("nobody")
+
+
+@pytest.mark.parametrize("name", ["train", "double", "forward", "keys"])
+def test_a_concept_may_be_called_like_an_attribute_of_a_torch_module(pocket, live, tmp_path, name):
+    live.add(strong_concept(pocket, tmp_path, name))
+    live.set_weight(name, 0.5)
+    live.remove(name)
+
+
+def test_a_factor_or_an_embedding_of_another_shape_is_refused(pocket, original, live, strong):
+    concept = strong["one"]
+    layer = min(concept.layers)
+    wrong = LayerFactor(concept.layers[layer].indices, concept.layers[layer].factor[:1])
+    with pytest.raises(FormatError, match=r"has shape \(1, 8\)"):
+        live.add(Concept(concept.meta, {**concept.layers, layer: wrong}, concept.embeddings))
+    narrow = {"text_encoder.<one>": torch.zeros(2, 16)}
+    with pytest.raises(FormatError, match="<one> is 16 wide, the base's words are 192"):
+        live.add(Concept(concept.meta, concept.layers, narrow))
+    assert_untouched(pocket, original)
+    live.add(concept)
 
 
 def test_concepts_that_a_prompt_does_not_mention_are_named(live, strong):

@@ -1,0 +1,48 @@
+"""Records of studies: what each one must say, and that `met` follows from value and threshold."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parent.parent / "results"
+RECORDS = sorted(RESULTS.rglob("*.json"))
+
+
+def goals(node: Any) -> Iterator[dict]:
+    """Every part of a record that stands beside a threshold."""
+    if isinstance(node, dict):
+        if "threshold" in node:
+            yield node
+        for child in node.values():
+            yield from goals(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from goals(child)
+
+
+def wrong_goals(record: Any) -> list[dict]:
+    return [g for g in goals(record) if g["met"] != (g["value"] >= g["threshold"])]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_a_record_names_where_it_comes_from(path):
+    record = json.loads(path.read_text())
+    assert {"what", "commit", "device", "versions", "date"} <= record.keys()
+    runs = record.get("runs", [record])
+    assert runs and all(run["command"] and run["seconds"] > 0 for run in runs)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_a_goal_is_met_when_its_value_reaches_the_threshold(path):
+    assert wrong_goals(json.loads(path.read_text())) == []
+
+
+def test_a_wrong_verdict_is_found():
+    assert wrong_goals({"a": [{"value": 1.0, "threshold": 2.0, "met": True}]})
+
+
+def test_there_are_records():
+    assert RECORDS
