@@ -230,7 +230,7 @@ def demo(
     from sbora_diffusion.diffusion.config import TrainConfig
 
     console = Console(as_json)
-    recipe = read_settings(TrainConfig, None, settings, {})
+    recipe = read_settings(TrainConfig, None, [f"steps={STEPS}", *(settings or [])], {})
     console.result(run_demo(open_base("pocket", device), out, console, recipe))
 
 

@@ -90,8 +90,8 @@ class Console:
             self.say("  ".join(cells).rstrip())
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
-        """A bar with the time left, on a terminal; gives (done, total, note) → None."""
+    def progress(self, what: str) -> Iterator[Callable[..., None]]:
+        """A bar with the time left, on a terminal; gives (done, total, note="") → None."""
         from rich import console, progress
 
         columns = (
@@ -104,9 +104,11 @@ class Console:
         screen = console.Console(stderr=True)
         with progress.Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
             task = bar.add_task(what, total=None, note="")
-            yield lambda done, total, note="": bar.update(
-                task, completed=done, total=total, note=note
-            )
+
+            def report(done: int, total: int, note: str = "") -> None:
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield report
 
 
 def quiet_libraries() -> None:

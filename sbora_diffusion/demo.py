@@ -59,7 +59,7 @@ class Demo:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
+    def stage(self, name: str) -> Iterator[Callable[..., None]]:
         """Time a stage, with a progress bar, and say how long it took."""
         began = time.monotonic()
         with self.console.progress(name) as bar:
