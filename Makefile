@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/sbora demo --out outputs/demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

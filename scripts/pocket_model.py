@@ -92,3 +92,7 @@ def save_pocket(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    # transformers loads in the dtype that its configuration names, diffusers in fp32: stock
+    # `from_pretrained` must give one dtype.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

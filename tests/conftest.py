@@ -21,7 +21,7 @@ TINY = TrainConfig(steps=2, copies=1, batch_size=1, resolution=64)
 @pytest.fixture(scope="session")
 def pocket() -> Base:
     """The pocket base on the CPU; every test leaves it as it found it."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     return load_base("pocket", "cpu")
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "check_mergeable",
     "public_base_name",
     "read_concept",
+    "sealed",
     "validate_concept",
     "write_concept",
 ]
@@ -79,6 +80,14 @@ def write_concept(path: str | Path, concept: Concept, overwrite: bool = True) ->
     metadata = {"sbora": canonical_json(document), **_metadata_for_others(concept.meta)}
     write_atomically(Path(path), encode(tensors, metadata), overwrite)
     return document["digest"]
+
+
+def sealed(concept: Concept) -> Concept:
+    """The same concept with its digest filled in, as reading it back from a file gives it."""
+    document = _document(concept.meta)
+    digest = _digest(_tensors(concept), document)
+    meta = concept.meta.model_copy(update={"digest": digest})
+    return Concept(meta, concept.layers, concept.embeddings)
 
 
 def read_concept(path: str | Path) -> Concept:

@@ -37,11 +37,13 @@ class Base:
     Attributes:
         reference: what the user gave: "pocket", a folder, a hub id or a file.
         pipeline: stock diffusers; concepts are attached to or folded into it.
+        folded: whether concepts are folded into its weights now.
     """
 
     reference: str
     pipeline: StableDiffusionPipeline
     family: str
+    folded: bool = False
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

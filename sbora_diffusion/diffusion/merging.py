@@ -42,6 +42,8 @@ class Merged:
     def __init__(
         self, base: Base, concepts: Sequence[tuple[Concept, float]], allow_overlap: bool = False
     ):
+        if base.folded:
+            raise ConflictError("the base has concepts folded into it", "restore it first")
         relations = [compare(c.meta.fingerprint, base.fingerprint) for c, _ in concepts]
         check_mergeable([concept for concept, _ in concepts], allow_overlap)
         self.rounded = "rounded" in relations
@@ -52,6 +54,7 @@ class Merged:
             vectors |= token_vectors(concept)
         self.tokens.add(vectors)
         self._originals = self._fold()
+        base.folded = True
 
     def _fold(self) -> dict[str, Originals]:
         layers = target_layers(self.base.pipeline)
@@ -69,6 +72,7 @@ class Merged:
         """Put the base's own bytes, vocabulary and embeddings back."""
         _restore(self.base, self._originals)
         self.tokens.set({})
+        self.base.folded = False
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a model folder for stock diffusers, all of it or nothing.

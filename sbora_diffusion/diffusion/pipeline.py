@@ -107,7 +107,8 @@ def generate(
     negative_prompt: str = "",
     on_step: StepCallback | None = None,
 ) -> list[Image.Image]:
-    """Draw `num` pictures of a prompt; picture k uses seed + k alone, whatever `num` is.
+    """Draw `num` pictures of a prompt; picture k uses seed + k alone, whatever `num` is
+    (up to rounding: pictures are drawn four at a time).
 
     Args:
         on_step: called with (steps done, steps in all).

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from sbora_diffusion.core.allocation import check_capacity
-from sbora_diffusion.core.concept import Concept, ConceptMeta, TokenMeta
+from sbora_diffusion.core.concept import Concept, ConceptMeta, TokenMeta, sealed
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion.adapters import adapter_name, eject, inject, trained_layers
 from sbora_diffusion.diffusion.bases import DTYPES, Base
@@ -225,7 +225,7 @@ class ConceptTraining:
         dtype = DTYPES[config.save_dtype]
         vectors = self.trainable.vectors.detach().to("cpu", dtype, copy=True)
         layers = trained_layers(self.adapted, settings.name, dtype)
-        return Concept(meta, layers, {f"text_encoder.{settings.token}": vectors})
+        return sealed(Concept(meta, layers, {f"text_encoder.{settings.token}": vectors}))
 
     def close(self) -> None:
         """Give the base back without adapter and placeholder."""

@@ -16,6 +16,7 @@ from sbora_diffusion.core.concept import (
     Concept,
     public_base_name,
     read_concept,
+    sealed,
     write_concept,
 )
 from sbora_diffusion.core.errors import (
@@ -216,3 +217,13 @@ def test_only_references_that_mean_something_elsewhere_are_named(tmp_path, monke
     assert public_base_name("stable-diffusion-v1-5/stable-diffusion-v1-5").endswith("v1-5")
     for local in ("models/mine", str(tmp_path), "./models", "model.safetensors", "~/x", "../a/b"):
         assert public_base_name(local) == ""
+
+
+def test_a_sealed_concept_has_the_digest_that_its_file_will_have(tmp_path):
+    concept = make_concept("robot")
+    written = write_concept(tmp_path / "robot.safetensors", concept)
+    assert (
+        sealed(concept).meta.digest
+        == written
+        == read_concept(tmp_path / "robot.safetensors").meta.digest
+    )

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import BaseMismatch, ConflictError, NonFiniteError, ResourceError
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.merging import Merged
@@ -254,3 +255,14 @@ def test_a_fold_that_overflows_is_refused_and_nothing_changes(pocket, original, 
     with pytest.raises(NonFiniteError):
         Merged(pocket, [(strong["one"], 1e39)])
     assert_untouched(pocket, original)
+
+
+def test_a_folded_base_is_not_folded_again(pocket, tiny_concepts):
+    concept = read_concept(tiny_concepts["plushbear"])
+    merged = Merged(pocket, [(concept, 1.0)])
+    try:
+        with pytest.raises(ConflictError, match="folded"):
+            Merged(pocket, [(concept, 1.0)])
+    finally:
+        merged.restore()
+    Merged(pocket, [(concept, 1.0)]).restore()
