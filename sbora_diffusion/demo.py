@@ -28,7 +28,7 @@ from sbora_diffusion.library import Library
 from sbora_diffusion.outputs import make_parent
 from sbora_diffusion.pictures import save_png
 
-DEMO = ("plushbear", "baseballcap")
+DEMO = ("baseballcap", "plushbear")
 SCENES = ("on the beach", "in the forest")
 TOGETHER = ("a photo of {} next to {} on the beach", "a photo of {} next to {} in space")
 STEPS = 150  # half of the default: enough to recognise both, in minutes on two cores
