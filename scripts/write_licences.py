@@ -44,7 +44,7 @@ All works were changed: icons were rasterised and scaled, 3D models rendered fro
 and both were placed on backgrounds drawn by this project's own programs. The authors named here
 do not endorse this project. No share-alike or non-commercial work was used.
 
-The concept files in `examples/` were trained from folders of `concepts/`, whose licences they share:
+The concept files in `examples/` were trained from folders of `concepts/` and share their licences:
 `sbora train concepts/plushbear --steps 200 -s save_dtype=fp16 --slot 17`, `baseballcap` in slot 18
 and `trex` in slot 19, the last ones, so that a person's own concepts stay disjoint from them.
 """
