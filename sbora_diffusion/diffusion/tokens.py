@@ -8,6 +8,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,5 +108,6 @@ class TrainableTokens(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (…) → embeddings (…, dim) in the base's dtype."""
         frozen = self.embedding(ids)
-        trained = self.vectors[(ids - self.first).clamp_min(0)].to(frozen.dtype)
+        # Not plain indexing: its gradient adds up in an order that depends on the threads.
+        trained = F.embedding((ids - self.first).clamp_min(0), self.vectors).to(frozen.dtype)
         return torch.where((ids >= self.first)[..., None], trained, frozen)
