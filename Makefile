@@ -22,11 +22,11 @@ $(BIN)/python:
 
 $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) torch torchvision
-	$(PIP) -e '.[ui,eval]'
+	$(PIP) -e '.[ui,eval,lite2]'
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(PIP) -e '.[ui,eval,dev]'
+	$(PIP) -e '.[ui,eval,lite2,dev]'
 	touch $@
 
 clean:

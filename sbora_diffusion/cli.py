@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbora_diffusion import __version__
+from sbora_diffusion.cli_evaluate import evaluate
 from sbora_diffusion.cli_library import inspect, library_app
 from sbora_diffusion.console import (
     BaseOption,
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.add_typer(library_app, name="library", help="The concepts known here, their slots and files.")
 app.command()(inspect)
+app.command()(evaluate)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,9 +111,8 @@ def train(
         )
     for warning in result.warnings:
         console.warn(warning)
-    size = result.path.stat().st_size
     console.say(
-        f"{result.path} ({size / 1024:.0f} KiB) in {result.seconds:.0f} s, "
+        f"{result.path} ({result.path.stat().st_size / 1024:.0f} KiB) in {result.seconds:.0f} s, "
         f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
     )
     console.say(
@@ -213,8 +214,7 @@ def generate(
     with console.progress("drawing") as bar:
         pictures = pipeline.generate(prompt, **drawing.model_dump(), on_step=bar)
     parameters = _save(pipeline, prompt, loaded, drawing, pictures, files)
-    for file in files:
-        console.say(str(file))
+    console.say("\n".join(map(str, files)))
     console.result({"files": [str(file) for file in files], "pictures": parameters})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from sbora_diffusion.alignment import figures, load_judges, score, with_article
 from sbora_diffusion.console import Console
 from sbora_diffusion.contact_sheet import Sheet
 from sbora_diffusion.core.concept import Concept, read_concept
@@ -43,6 +44,7 @@ class Demo:
     Attributes:
         pictures: (concept name or "together", model) → pictures.
         errors: concept name → model → denoising error of its references.
+        alignment: concept name → model → text and image alignment; empty without a judge.
     """
 
     base: Base
@@ -57,6 +59,7 @@ class Demo:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[..., None]]:
@@ -89,7 +92,7 @@ def run_demo(
     It keeps a library of its own in the folder and leaves the user's alone.
 
     Returns:
-        What `demo.json` holds: times, losses and errors.
+        What `demo.json` holds: times, losses, errors and alignment.
 
     Raises:
         ConfigError: `merged/` exists and is not the demo's.
@@ -105,6 +108,7 @@ def run_demo(
         _learn(demo, subject)
     _together(demo)
     _say_errors(demo)
+    _align(demo)
     sheet = folder / "demo.png"
     save_png(_sheet(demo), sheet, {"seed": SEED, "steps": sampling_steps})
     console.say(f"all together {sum(demo.seconds.values()):.0f} s; look at {sheet}")
@@ -200,6 +204,36 @@ def _say_errors(demo: Demo) -> None:
         )
 
 
+def _align(demo: Demo) -> None:
+    """Text and image alignment of what was drawn of each concept, if a judge is there."""
+    try:
+        with demo.stage("judging"):
+            judges = load_judges()
+            for subject in demo.subjects:
+                name = subject.settings.name
+                references = judges.references(demo.references[name])
+                texts = _prompts(_noun(subject))
+                demo.alignment[name] = {
+                    model: score(judges, demo.pictures[name, model], texts, references).means()
+                    for model in (BASE, ALONE, MERGED)
+                }
+    except ConfigError as error:
+        demo.console.say(f"text and image alignment are left out: {error}")
+    else:
+        _say_alignment(demo)
+
+
+def _say_alignment(demo: Demo) -> None:
+    models, rows = (BASE, ALONE, MERGED), []
+    for subject in demo.subjects:
+        by_model = [figures(demo.alignment[subject.settings.name][model]) for model in models]
+        rows += [
+            [subject.settings.token, figure, *(means[figure] for means in by_model)]
+            for figure in by_model[0]
+        ]
+    demo.console.table(["concept", "higher is better", *models], rows)
+
+
 def _sheet(demo: Demo) -> Image.Image:
     """References, base, alone and merged of each concept, then both in one picture."""
     sheet = Sheet(columns=6)
@@ -233,6 +267,7 @@ def _record(demo: Demo) -> dict[str, Any]:
         "seconds_in_all": round(sum(demo.seconds.values()), 1),
         "losses": demo.losses,
         "denoising_errors": demo.errors,
+        "alignment": demo.alignment,
         "digests": {name: concept.meta.digest for name, concept in demo.concepts.items()},
         "training": demo.config.model_dump(mode="json"),
         "sampling_steps": demo.sampling_steps,
@@ -244,8 +279,7 @@ def _prompts(words: str) -> list[str]:
 
 
 def _noun(subject: Subject) -> str:
-    noun = subject.settings.class_noun
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return with_article(subject.settings.class_noun)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Pictures with their parameters inside, and what a prompt cannot say."""
 
 import io
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,16 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None
     image.save(buffer, "PNG", pnginfo=chunks)
     make_parent(path)
     write_atomically(path, buffer.getvalue())
+
+
+def read_prompt(path: Path) -> str | None:
+    """The prompt that `save_png` noted in a picture; None if there is none that can be read."""
+    try:
+        with Image.open(path) as image:
+            prompt = json.loads(image.info["sbora"])["prompt"]
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError):
+        return None
+    return prompt if isinstance(prompt, str) else None
 
 
 def readable_parameters(parameters: dict[str, Any], size: tuple[int, int]) -> str:

@@ -1,7 +1,7 @@
-"""Procedural studio backdrops for reference images: paper, sweep, wood, fabric, tiles, glow.
+"""Procedural studio backdrops: paper, sweep, wood, fabric, tiles, glow.
 
-Deliberately none of the scenes that prompts ask for. Every function returns float RGB in 0..1 of
-shape (size, size, 3) and draws from the generator that it is given.
+Reference images stand on them; in the world they are one scene, the studio. Every function
+returns float RGB in 0..1 of shape (size, size, 3) and draws from the generator that it is given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import colorsys
 from collections.abc import Callable
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 Backdrop = Callable[[int, np.random.Generator], np.ndarray]
 
@@ -23,7 +22,9 @@ def colour(rng: np.random.Generator, saturation: float, value: float) -> np.ndar
 
 def noise(size: int, blur: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """Smooth noise (size, size) of unit deviation; `blur` in pixels along x and y."""
-    smooth = gaussian_filter(rng.normal(size=(size, size)), (blur[1], blur[0]), mode="wrap")
+    fy, fx = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
+    kernel = np.exp(-2 * np.pi**2 * ((fx * blur[0]) ** 2 + (fy * blur[1]) ** 2))
+    smooth = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * kernel).real
     return (smooth - smooth.mean()) / (smooth.std() + 1e-6)
 
 

@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 from world.captions import PLACES, STYLES
-from world.compose import ScenePlanner, SpriteBank
+from world.plans import ScenePlanner
+from world.sprites import SpriteBank
 
 VOCABULARY = 4096
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"

@@ -1,7 +1,9 @@
-"""Packs the base's training art: `sprites.bin` (WebP blobs) and `sprites.json` (what each one is).
+"""Packs the world's art: `sprites.bin` (WebP blobs) and `sprites.json` (what each one is).
 
-Held-out subjects (`concepts/HELD_OUT.txt`) are left out in every set; the class noun of each must
-still be known from at least three other individuals, or nothing is written.
+Held-out subjects (`concepts/HELD_OUT.txt`) carry their name under `held_out`, in every set: the
+judge learns them, the base must not. The class noun of each must be known from at least three
+other individuals, or nothing is written. The emoji pictures that committed references are made of
+are left out altogether; of 3D models the references show other views under other lights.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from world_art import ROOT, draw_emoji, emoji_subjects, fetch, held_out_rows, models
+from world_art import (
+    ROOT,
+    all_models,
+    draw_emoji,
+    emoji_subjects,
+    fetch,
+    held_out_rows,
+    models,
+)
 from world_tables import ACCESSORIES, EMOJI_SETS
 
 WORLD = ROOT / "build" / "world"
@@ -25,6 +35,8 @@ VIEWS = WORLD / "views"  # written by render_models.py: LIBRARY/MODEL/NN.png
 SIZE, LONGEST, LIMIT = 96, 92, 12 * 2**20
 ALPHA_QUALITY = 72  # 32 levels: enough for soft edges, a quarter smaller than 85
 MIN_INDIVIDUALS = 3
+REFERENCE_SET = "fluent-emoji-3d"  # render_concepts.py draws emoji references from this one
+COMMITTED = {path.parent.name for path in (ROOT / "concepts").glob("*/concept.toml")}
 
 
 def fit(image: Image.Image, size: int = SIZE, longest: int = LONGEST) -> Image.Image | None:
@@ -52,10 +64,11 @@ def encode(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def entry(subject: object, kind: str, style: str, view: int, licence: str) -> dict:
+def entry(subject: object, held: dict | None, style: str, view: int, licence: str) -> dict:
     return {
-        "noun": subject.noun,
-        "kind": kind,
+        "noun": held["class_noun"] if held else subject.noun,
+        "held_out": held["name"] if held else None,
+        "kind": "subject",
         "style": style,
         "category": subject.category,
         "individual": subject.individual,
@@ -65,36 +78,39 @@ def entry(subject: object, kind: str, style: str, view: int, licence: str) -> di
     }
 
 
-def emoji_sprites(held_out: set[str]) -> Iterator[tuple[dict, Image.Image]]:
-    """Every emoji that is not held out: its hexcode counts in all sets."""
+def emoji_sprites(held_out: dict[str, dict]) -> Iterator[tuple[dict, Image.Image]]:
+    """Every emoji in every set, but for the pictures that are committed as references."""
     for subject in emoji_subjects():
-        if subject.hexcode in held_out:
+        held = held_out.get(subject.hexcode)
+        if held and held["name"] in COMMITTED and subject.set_name == REFERENCE_SET:
             continue
         facts = EMOJI_SETS[subject.set_name]
-        yield entry(subject, "subject", facts["style"], 0, facts["licence"]), draw_emoji(subject)
+        yield entry(subject, held, facts["style"], 0, facts["licence"]), draw_emoji(subject)
 
 
-def model_sprites(held_out: set[str]) -> Iterator[tuple[dict, Image.Image]]:
-    """Every rendered view of every model that is not held out."""
-    for model in models():
-        if model.individual in held_out:
+def model_sprites(held_out: dict[str, dict]) -> Iterator[tuple[dict, Image.Image]]:
+    """Every rendered view of the curated and of the held-out models."""
+    curated = models()
+    for model in [*curated, *(m for m in all_models() if m not in curated)]:
+        held = held_out.get(model.individual)
+        if held is None and model not in curated:
             continue
         folder = VIEWS / model.library / model.model_id
         for view, path in enumerate(sorted(folder.glob("*.png"))):
-            yield entry(model, "subject", "photo", view, model.licence), Image.open(path)
+            yield entry(model, held, "photo", view, model.licence), Image.open(path)
 
 
-def held_out_keys() -> set[str]:
-    """Individuals that must not be packed: hexcodes of emoji, identifiers of models."""
-    keys = {row["individual"] for row in held_out_rows()}
-    return {key.split("/")[-1] if key.startswith("emoji/") else key for key in keys}
+def held_out_individuals() -> dict[str, dict[str, str]]:
+    """Individual (hexcode of an emoji in any set, identifier of a model) → its row."""
+    return {row["individual"].removeprefix("emoji/"): row for row in held_out_rows()}
 
 
 def check_class_nouns(entries: Iterable[dict]) -> None:
     """Raises ValueError where a held-out subject's class noun is hardly known to the base."""
     known: dict[str, set[str]] = defaultdict(set)
     for item in entries:
-        known[item["noun"]].add(item["individual"])
+        if item["held_out"] is None:
+            known[item["noun"]].add(item["individual"])
     rows = held_out_rows()
     poor = [r for r in rows if len(known[r["class_noun"]]) < MIN_INDIVIDUALS]
     if poor:
@@ -104,14 +120,18 @@ def check_class_nouns(entries: Iterable[dict]) -> None:
 
 def accessory_entries(entries: list[dict]) -> list[dict]:
     """The wearable ones again, under the accessory's noun; they share the subject's bytes."""
-    worn = [e for e in entries if e["individual"].split("/")[-1] in ACCESSORIES and not e["view"]]
+    worn = [
+        e
+        for e in entries
+        if e["individual"].split("/")[-1] in ACCESSORIES and not e["view"] and not e["held_out"]
+    ]
     nouns = [ACCESSORIES[e["individual"].split("/")[-1]] for e in worn]
     return [e | {"kind": "accessory", "noun": n} for e, n in zip(worn, nouns, strict=True)]
 
 
 def pack(quality: int) -> dict[str, int]:
     """Writes both files and returns counts."""
-    held_out = held_out_keys()
+    held_out = held_out_individuals()
     pairs = [*emoji_sprites(held_out), *model_sprites(held_out)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fitted = list(pool.map(lambda pair: fit(pair[1]), pairs))
@@ -146,6 +166,7 @@ def counts(entries: list[dict], size: int, empty: int) -> dict[str, object]:
         "bytes": size,
         "sprites": len(entries),
         "left out as empty": empty,
+        "held out": len({e["held_out"] for e in entries} - {None}),
         "nouns": len({e["noun"] for e in entries}),
         "individuals by style": {s: len(i) for s, i in individuals.items()},
     }

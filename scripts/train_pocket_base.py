@@ -5,7 +5,8 @@
 
 A run loads the state that the last one left in --state (full precision, with the optimizer) or,
 without one, the half-precision model in --start; it ends after the seconds given, writes the
-state, and the model with averaged weights to --out. The autoencoder is trained once, first.
+state, and the model with averaged weights to --out. The autoencoder is trained once, first, and
+comes from --state or --start ever after.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pocket_model import (
 from pocket_run import Place, set_rate, shared, update
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
-from world.stream import SceneStream, tokenize
+from world.stream import PipelineTokenize, SceneStream
 
 EMA_DECAY = 0.9995
 EMPTY_PROMPT_RATE = 0.1
@@ -156,8 +157,10 @@ def train_denoiser(
 
 
 def load_start(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple:
-    """Autoencoder and denoiser: from --start where it exists, else newly made."""
-    if args.start and args.start.exists():
+    """Autoencoder and denoiser: from --start where it is given, else newly made."""
+    trained = args.start or (args.state / "autoencoder.pt").exists() or args.autoencoder_seconds
+    assert trained or not args.seconds, "no trained autoencoder: give --start"
+    if args.start:
         pipeline = StableDiffusionPipeline.from_pretrained(args.start, dtype=torch.float32)
         return pipeline.vae, Denoiser(pipeline.text_encoder, pipeline.unet)
     return build_autoencoder(), Denoiser(build_text_encoder(tokenizer), build_unet())
@@ -173,7 +176,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--autoencoder-seconds", type=float, default=0)
     parser.add_argument("--seconds", type=float, default=0, help="for text encoder and UNet")
     parser.add_argument("--batch", type=int, default=512, help="per device")
-    parser.add_argument("--fresh", type=int, default=192, help="new scenes per step and device")
+    parser.add_argument("--fresh", type=int, default=96, help="new scenes per step and device")
     parser.add_argument("--pool", type=int, default=49_152)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--decay", action="store_true", help="let the rate fall to 0 in this run")
@@ -199,8 +202,9 @@ def main() -> None:
         autoencoder.register_to_config(scaling_factor=scale["scaling_factor"])
     autoencoder.to(place.device, memory_format=torch.channels_last)
     torch.manual_seed(seed)
+    tokenize = PipelineTokenize(tokenizer)
     stream = SceneStream.open(
-        args.world, tokenizer, args.fresh, seed, place.device, args.workers, args.variants
+        args.world, tokenize, args.fresh, seed, place.device, args.workers, args.variants
     )
     place.say(
         f"{place.device} ×{place.world}; world is ready after {time.monotonic() - began:.0f} s"
@@ -215,7 +219,7 @@ def main() -> None:
     if args.seconds:
         autoencoder.requires_grad_(False)
         pool = LatentPool(stream, autoencoder, args.pool)
-        empty = tokenize(tokenizer, [""]).long().to(place.device)
+        empty = tokenize([""]).long().to(place.device)
         model, history = train_denoiser(args, place, pool, model, empty)
     if place.rank == 0:
         save_pocket(args.out, autoencoder, model.unet, model.text_encoder, tokenizer)

@@ -63,15 +63,20 @@ def read_subject(folder: Path) -> Subject:
         )
     source = folder / "concept.toml"
     settings = validate(ConceptSettings, {"name": folder.name, **read_toml(source)}, str(source))
-    images = sorted(
-        path
-        for path in folder.iterdir()
-        # Hidden files such as ._01.jpg are a file manager's notes, not pictures.
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
+    images = image_files(folder)
     if not images:
         raise DataError(
             f"{folder} has no reference images",
             f"add three to ten pictures ({', '.join(sorted(IMAGE_SUFFIXES))})",
         )
     return Subject(settings=settings, images=tuple(images))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder, by name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        # Hidden files such as ._01.jpg are a file manager's notes, not pictures.
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )

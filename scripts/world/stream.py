@@ -1,7 +1,7 @@
 """An endless stream of composed scenes with token ids, on the training device."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTokenizer
 
-from world.compose import Composer, ScenePlanner, SpriteBank
+from world.compose import Composer
+from world.plans import ScenePlanner
+from world.sprites import SpriteBank
+
+Tokenize = Callable[[list[str]], Tensor]
 
 
 class PlanDataset(IterableDataset):
     """Batches of (layers, background, input_ids); every worker draws from its own seed."""
 
-    def __init__(self, planner: ScenePlanner, tokenizer: CLIPTokenizer, batch: int, seed: int):
-        self.planner, self.tokenizer, self.batch, self.seed = planner, tokenizer, batch, seed
+    def __init__(self, planner: ScenePlanner, tokenize: Tokenize, batch: int, seed: int):
+        self.planner, self.tokenize, self.batch, self.seed = planner, tokenize, batch, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         worker = get_worker_info()
@@ -28,14 +32,21 @@ class PlanDataset(IterableDataset):
             yield (
                 torch.from_numpy(np.stack([p.layers for p in plans])),
                 torch.from_numpy(np.stack([p.background for p in plans])),
-                tokenize(self.tokenizer, [p.caption for p in plans]),
+                self.tokenize([p.caption for p in plans]),
             )
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids (B, 77), padded and truncated as the pipeline does it."""
-    encoded = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    return encoded.input_ids.short()
+@dataclass(frozen=True)
+class PipelineTokenize:
+    """Captions → token ids (B, 77) int16, padded and truncated as the pipeline does it."""
+
+    tokenizer: CLIPTokenizer
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        encoded = self.tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        return encoded.input_ids.short()
 
 
 @dataclass
@@ -50,17 +61,19 @@ class SceneStream:
     def open(
         cls,
         world: Path,
-        tokenizer: CLIPTokenizer,
+        tokenize: Tokenize,
         batch: int,
         seed: int,
         device: torch.device,
         workers: int,
         variants: int,
+        judge: bool = False,
     ) -> "SceneStream":
+        """Args: `variants`, drawings of each background; `judge`, with the held-out subjects."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        bank = SpriteBank.load(world)
+        bank = SpriteBank.load(world, held_out=judge)
         planner = ScenePlanner(bank.sprites, variants)
-        plans = PlanDataset(planner, tokenizer, batch, seed)
+        plans = PlanDataset(planner, tokenize, batch, seed)
         loader = DataLoader(
             plans, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
             pin_memory=device.type == "cuda",

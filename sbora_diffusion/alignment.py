@@ -1,0 +1,143 @@
+"""How well ready-made pictures follow their texts and resemble references, as judges see it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbora_diffusion.evaluation.features import (
+    HUB,
+    LOCAL,
+    ClipFeatures,
+    EfficientNetFeatures,
+    ImageFeatures,
+)
+from sbora_diffusion.evaluation.metrics import image_alignment, text_alignment
+
+References = Mapping[str, Tensor]
+"""Name of the image features → those of the reference images, (M, D)."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """A CLIP model for texts and pictures, and further features of pictures alone."""
+
+    clip: ClipFeatures
+    further: tuple[ImageFeatures, ...] = ()
+
+    def references(self, pictures: Sequence[Image.Image]) -> References:
+        """What `score` compares with; computed once for many calls."""
+        return {judge.name: judge.images(pictures) for judge in (self.clip, *self.further)}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of N pictures, each.
+
+    Attributes:
+        text: (N,), NaN for pictures without a text.
+        image: name of the features → (N,); empty without references.
+    """
+
+    text: Tensor
+    image: Mapping[str, Tensor]
+
+    def part(self, rows: slice) -> "Scores":
+        return Scores(self.text[rows], {name: values[rows] for name, values in self.image.items()})
+
+    def means(self) -> dict[str, Any]:
+        """As records hold it; the text alignment is None if no picture has a text."""
+        known = self.text[~self.text.isnan()]
+        return {
+            "pictures": len(self.text),
+            "text_alignment": round(known.mean().item(), 4) if len(known) else None,
+            "image_alignment": {k: round(v.mean().item(), 4) for k, v in self.image.items()},
+        }
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of pictures that were judged a few at a time, in one."""
+    image = {name: torch.cat([part.image[name] for part in parts]) for name in parts[0].image}
+    return Scores(torch.cat([part.text for part in parts]), image)
+
+
+def load_judges(clip: str = "pocket-clip", device: str = "cpu") -> Judges:
+    """The judges that are installed.
+
+    Args:
+        clip: MODEL[:PRETRAINED], see `ClipFeatures.load`.
+
+    Raises:
+        ConfigError, FormatError, ResourceError: see `ClipFeatures.load`.
+    """
+    model, pretrained = _split_model(clip)
+    further = (EfficientNetFeatures.load(device),) if EfficientNetFeatures.installed() else ()
+    return Judges(ClipFeatures.load(model, pretrained, device), further)
+
+
+def _split_model(spec: str) -> tuple[str, str | None]:
+    if spec.startswith((LOCAL, HUB)):
+        return spec, None
+    model, _, pretrained = spec.partition(":")
+    return model, pretrained or None
+
+
+def score(
+    judges: Judges,
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str | None],
+    references: References | None = None,
+) -> Scores:
+    """Score pictures, however they were made.
+
+    Args:
+        texts: what each picture should show, with plain words instead of placeholder tokens; None
+            where nobody knows.
+        references: from `Judges.references`; without them there is no image alignment.
+    """
+    assert len(pictures) == len(texts), (len(pictures), len(texts))
+    seen = judges.clip.images(pictures)
+    known = [k for k, text in enumerate(texts) if text is not None]
+    text_scores = torch.full((len(pictures),), torch.nan)
+    written = judges.clip.texts([text for text in texts if text is not None])
+    text_scores[known] = text_alignment(seen[known], written)
+    image_scores = {}
+    if references is not None:
+        features = {judges.clip.name: seen, **{j.name: j.images(pictures) for j in judges.further}}
+        image_scores = {n: image_alignment(f, references[n]) for n, f in features.items()}
+    return Scores(text_scores, image_scores)
+
+
+def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What changed between two `Scores.means()` that have the same figures."""
+    images = before["image_alignment"]
+    return {
+        "text_alignment": round(after["text_alignment"] - before["text_alignment"], 4),
+        "image_alignment": {k: round(after["image_alignment"][k] - images[k], 4) for k in images},
+    }
+
+
+def figures(means: Mapping[str, Any], signed: bool = False) -> dict[str, str]:
+    """Figures by name, as tables show them."""
+    values = {"text alignment": means["text_alignment"]}
+    values |= {f"image alignment, {name}": v for name, v in means["image_alignment"].items()}
+    form = "{:+.3f}" if signed else "{:.3f}"
+    return {name: form.format(value) for name, value in values.items() if value is not None}
+
+
+def with_article(noun: str) -> str:
+    """ "cat" → "a cat", "apple" → "an apple"."""
+    return f"{'an' if noun.lower().startswith(tuple('aeiou')) else 'a'} {noun}"
+
+
+def in_plain_words(prompt: str, nouns: Mapping[str, str]) -> str:
+    """A prompt with the class noun in place of each placeholder token.
+
+    No judge knows the placeholders; Mix-of-Show (arXiv 2305.18292) does the same.
+    """
+    for token, noun in nouns.items():
+        prompt = prompt.replace(token, noun)
+    return prompt
