@@ -38,8 +38,10 @@ LICENCE_LINKS = """\
 INTRODUCTION = """\
 # Licences of the art behind the pocket base
 
-The weights in this folder were trained by this project on scenes composed of the openly licensed
-pictures listed here; the concepts in `concepts/` are pictures of further works of the same sources.
+The weights in this folder, the judge's in `clip/` among them, were trained by this project on
+scenes composed of the openly licensed pictures listed here. The base never saw the held-out
+subjects; the judge saw pictures and views of them that are not among the references. The concepts
+in `concepts/` show fourteen of the held-out subjects.
 All works were changed: icons were rasterised and scaled, 3D models rendered from several sides,
 and both were placed on backgrounds drawn by this project's own programs. The authors named here
 do not endorse this project. No share-alike or non-commercial work was used.
@@ -86,14 +88,14 @@ def attributions(sprites: list[dict]) -> str:
     )
 
 
-def concept_table() -> str:
+def held_out_table() -> str:
     named = {m.individual: m for m in all_models()}
-    lines = ["| concept | work | author | licence |", "|---|---|---|---|"]
+    lines = ["| subject | in `concepts/` | work | author | licence |", "|---|---|---|---|---|"]
     for row in held_out_rows():
-        if row["name"] in CHOSEN:
-            model = named.get(row["individual"])
-            work = f"“{model.name}”, {row['source']}" if model else row["source"]
-            lines.append(f"| {row['name']} | {work} | {row['author']} | {row['licence']} |")
+        model = named.get(row["individual"])
+        work = f"“{model.name}”, {row['source']}" if model else row["source"]
+        chosen = "yes" if row["name"] in CHOSEN else ""
+        lines.append(f"| {row['name']} | {chosen} | {work} | {row['author']} | {row['licence']} |")
     return "\n".join(lines)
 
 
@@ -110,8 +112,9 @@ def licences(sprites: list[dict]) -> str:
             model_table(sprites),
             "\nAuthors as the package states them, with the models' identifiers:\n",
             attributions(sprites),
-            "\n## Concepts\nThe base never saw these.\n",
-            concept_table(),
+            "\n## Held-out subjects\n"
+            "Of the emoji among them the judge saw every set listed above.\n",
+            held_out_table(),
             "\n## Texts of the licences\n" + LICENCE_LINKS,
         ]
     )
@@ -120,7 +123,8 @@ def licences(sprites: list[dict]) -> str:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     fetch()
-    sprites = json.loads((WORLD / "sprites.json").read_text(encoding="utf-8"))["sprites"]
+    packed = json.loads((WORLD / "sprites.json").read_text(encoding="utf-8"))["sprites"]
+    sprites = [sprite for sprite in packed if sprite["held_out"] is None]
     TARGET.write_text(licences(sprites), encoding="utf-8")
 
 
