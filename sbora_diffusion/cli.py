@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbora_diffusion import __version__
+from sbora_diffusion.cli_check import check
 from sbora_diffusion.cli_evaluate import evaluate
+from sbora_diffusion.cli_generate import generate
 from sbora_diffusion.cli_library import inspect, library_app
+from sbora_diffusion.cli_merge import merge
 from sbora_diffusion.console import (
     BaseOption,
     ConfigOption,
@@ -29,14 +32,9 @@ from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.library import Library, Reservation
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from sbora_diffusion.core.concept import Concept
     from sbora_diffusion.diffusion.concepts import Subject
     from sbora_diffusion.diffusion.training import ConceptTraining
     from sbora_diffusion.jobs import TrainResult
-
-WeightedConcepts = list[tuple["Concept", float]]
 
 app = typer.Typer(
     add_completion=False,
@@ -46,6 +44,9 @@ app = typer.Typer(
 )
 app.add_typer(library_app, name="library", help="The concepts known here, their slots and files.")
 app.command()(inspect)
+app.command()(check)
+app.command()(merge)
+app.command()(generate)
 app.command()(evaluate)
 
 
@@ -123,102 +124,6 @@ def train(
 
 
 @app.command()
-def merge(
-    concepts: Annotated[list[str], typer.Argument(metavar="FILE[:WEIGHT]…")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder")],
-    form: Annotated[
-        str, typer.Option("--as", help="model: a folder for stock diffusers")
-    ] = "model",
-    base: BaseOption = None,
-    allow_overlap: Annotated[bool, typer.Option(help="Accept shared indices")] = False,
-    device: DeviceOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="Numbers that are written")] = Dtype.fp32,
-    library: LibraryOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Fold concepts into their base: writes a model folder that stock diffusers loads."""
-    from sbora_diffusion.diffusion.bases import DTYPES
-    from sbora_diffusion.diffusion.merging import Merged
-    from sbora_diffusion.jobs import load_concepts
-    from sbora_diffusion.outputs import check_model_output
-
-    console = Console(as_json)
-    if form != "model":
-        raise ConfigError(f"--as {form} does not exist", "model is the only form so far")
-    check_model_output(output)
-    loaded = load_concepts(concepts, Library(library))
-    names = base or next((c.meta.base_name for c, _ in loaded if c.meta.base_name), None)
-    if names is None:
-        raise ConfigError("the concept files do not name their base", "give it with --base")
-    merged = Merged(open_base(names, device), loaded, allow_overlap)
-    if merged.rounded:
-        console.warn("some concepts were trained on a rounded copy of this base")
-    merged.save(output, DTYPES[dtype])
-    tokens = [entry.token for concept, _ in loaded for entry in concept.meta.tokens]
-    console.say(f"{output}: {len(loaded)} concepts in one model of {names}, {dtype}")
-    console.say(f'next: sbora generate "{" next to ".join(tokens)}" --base {output}')
-    console.result(
-        {
-            "folder": str(output),
-            "base": names,
-            "dtype": str(dtype),
-            "rounded_base": merged.rounded,
-            "concepts": [{"name": c.meta.name, "weight": weight} for c, weight in loaded],
-        }
-    )
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="With the tokens of the concepts in it")],
-    concept: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="May be repeated")
-    ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("picture.png"),
-    base: BaseOption = None,
-    seed: Annotated[int | None, typer.Option(help="Picture k uses seed + k")] = None,
-    num: Annotated[int | None, typer.Option(help="How many pictures")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strictly to follow")] = None,
-    negative: Annotated[str | None, typer.Option(help="What not to draw")] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.fp32,
-    library: LibraryOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Draw pictures of a prompt: PNG files with their parameters inside."""
-    from sbora_diffusion.diffusion.config import DrawConfig
-    from sbora_diffusion.diffusion.pipeline import ConceptPipeline
-    from sbora_diffusion.jobs import load_concepts
-    from sbora_diffusion.outputs import check_writable, picture_files
-    from sbora_diffusion.pictures import words_cut_off
-
-    console = Console(as_json)
-    flags = {"seed": seed, "num": num, "steps": steps, "guidance": guidance}
-    drawing = read_settings(DrawConfig, config, settings, {**flags, "negative_prompt": negative})
-    files = picture_files(output, drawing.num)
-    check_writable(files[0])
-    loaded = load_concepts(concept or [], Library(library))
-    named = next((c.meta.base_name for c, _ in loaded if c.meta.base_name), "pocket")
-    pipeline = ConceptPipeline(open_base(base or named, device, dtype))
-    for item, weight in loaded:
-        if pipeline.add(item, weight):
-            console.warn(f"{item.meta.name} was trained on a rounded copy of this base")
-    for name in pipeline.unmentioned(prompt):
-        token = pipeline.concepts[name].meta.tokens[0].token
-        console.warn(f"the prompt does not mention {name}: write {token} where it shall appear")
-    if cut := words_cut_off(pipeline.base, prompt):
-        console.warn(f"the prompt is too long, its end is not read: {cut[:200]!r}")
-    with console.progress("drawing") as bar:
-        pictures = pipeline.generate(prompt, **drawing.model_dump(), on_step=bar)
-    parameters = _save(pipeline, prompt, loaded, drawing, pictures, files)
-    console.say("\n".join(map(str, files)))
-    console.result({"files": [str(file) for file in files], "pictures": parameters})
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all that it makes")] = Path("outputs/demo"),
     device: DeviceOption = None,
@@ -277,23 +182,3 @@ def _trained(result: "TrainResult", subject: "Subject") -> dict[str, Any]:
 
 def _base_flag(base: str | None) -> str:
     return f" --base {base}" if base and base != "pocket" else ""
-
-
-def _save(
-    pipeline: Any,
-    prompt: str,
-    concepts: WeightedConcepts,
-    drawing: Any,
-    pictures: "list[Image]",
-    files: list[Path],
-) -> list[dict[str, Any]]:
-    from sbora_diffusion.pictures import picture_parameters, save_png
-
-    options = drawing.model_dump(exclude={"num", "seed"})
-    saved = []
-    for k, (picture, file) in enumerate(zip(pictures, files, strict=True)):
-        seed = drawing.seed + k
-        parameters = picture_parameters(pipeline.base, prompt, concepts, seed=seed, **options)
-        save_png(picture, file, parameters)
-        saved.append(parameters)
-    return saved

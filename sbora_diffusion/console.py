@@ -73,6 +73,10 @@ class Console:
     def say(self, text: str) -> None:
         typer.echo(text, err=self.as_json)
 
+    def note(self, text: str) -> None:
+        """What is good to know, but no result."""
+        typer.echo(text, err=True)
+
     def warn(self, text: str) -> None:
         self.warnings.append(text)
         typer.echo(f"warning: {text}", err=True)

@@ -1,7 +1,7 @@
 """What the command line and the app share: train into the library, load concepts, add a file."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ __all__ = [
     "Samples",
     "TrainResult",
     "add_to_library",
-    "index_capacity",
+    "index_widths",
     "load_concepts",
     "save_png",
     "train_concept",
@@ -126,18 +126,23 @@ def train_concept(
     )
 
 
-def index_capacity(base: Base, config: TrainConfig) -> int:
-    """Width of the narrowest adapted layer: how many indices all concepts together can own."""
-    layers = target_layers(base.pipeline, config.targets).values()
-    return min(layer_width(layer, config.variant) for layer in layers)
+def index_widths(base: Base, config: TrainConfig) -> dict[str, int]:
+    """Canonical name of each adapted layer → how many indices all concepts share there."""
+    layers = target_layers(base.pipeline, config.targets)
+    return {name: layer_width(layer, config.variant) for name, layer in layers.items()}
 
 
-def add_to_library(path: Path, concept: Concept, base: Base, library: Library) -> Entry:
+def add_to_library(
+    path: Path, concept: Concept, base: Base, library: Library, allow_overlap: bool = False
+) -> Entry:
     """Register a concept file that was trained elsewhere, in the range that it has.
+
+    Args:
+        allow_overlap: also where another concept owns that range; no prompt may then call both.
 
     Raises:
         BaseMismatch: it belongs to another base.
-        ConflictError: its range, or its name, belongs to another concept.
+        ConflictError: its name or, unless allowed, its range belongs to another concept.
         ConfigError: its range has no slot number.
     """
     meta = concept.meta
@@ -150,12 +155,14 @@ def add_to_library(path: Path, concept: Concept, base: Base, library: Library) -
             f"the library has another {meta.name!r}, of indices {known.start} to {known.stop - 1}",
             f"`sbora library remove {meta.name}` first",
         )
-    narrowest = min(meta.widths.values())
-    got = library.reserve(base.key, meta.variant, meta.name, meta.rank, narrowest, meta.slot)
+    got = library.reserve(
+        base.key, meta.variant, meta.name, meta.rank, meta.widths, meta.slot, allow_overlap
+    )
     if not got.registered:
         raise ConflictError(
-            f"indices {meta.start} to {meta.stop - 1} belong to another concept in the library",
-            "see `sbora library list`, and train one of the two again",
+            f"indices {meta.start} to {meta.stop - 1} of {meta.name!r} belong to another concept "
+            "in the library",
+            "see `sbora library list`; train one of the two again, or pass --allow-overlap",
         )
     token = meta.tokens[0].token if meta.tokens else None
     library.record(base.key, meta.variant, meta.name, path, meta.digest, token)
@@ -169,25 +176,30 @@ def _reserved(
     base: Base, subject: Subject, config: TrainConfig, library: Library, slot: int | None
 ) -> Iterator[Reservation]:
     """A range for one training; if that fails the library gets its former state back."""
-    name, capacity = subject.settings.name, index_capacity(base, config)
+    name, widths = subject.settings.name, index_widths(base, config)
     before = _entry(library, base, config.variant, name)
-    reservation = library.reserve(base.key, config.variant, name, config.rank, capacity, slot)
+    reservation = library.reserve(base.key, config.variant, name, config.rank, widths, slot)
     try:
         yield reservation
     except BaseException:
         if reservation.registered:
-            _give_back(library, base, config.variant, name, before, capacity)
+            _give_back(library, base, config.variant, name, before, widths)
         raise
 
 
 def _give_back(
-    library: Library, base: Base, variant: str, name: str, before: Entry | None, capacity: int
+    library: Library,
+    base: Base,
+    variant: str,
+    name: str,
+    before: Entry | None,
+    widths: Mapping[str, int],
 ) -> None:
     after = _entry(library, base, variant, name)
     if before is None:
         library.remove(name, base.key, variant)
     elif after is None or (before.start, before.stop) != (after.start, after.stop):
-        library.reserve(base.key, variant, name, before.rank, capacity, before.slot)
+        library.reserve(base.key, variant, name, before.rank, widths, before.slot)
         if before.path and before.digest:
             library.record(base.key, variant, name, before.path, before.digest, before.token)
 

@@ -6,29 +6,15 @@ so that two trainings that start at the same moment never get the same indices.
 
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sbora_diffusion.core.errors import CapacityError, ConfigError, FormatError, ResourceError
+from sbora_diffusion.core.errors import CapacityError, ConfigError
+from sbora_diffusion.core.layers import narrowest
+from sbora_diffusion.library_file import transaction
 
-APPLICATION_ID = 0x53426F52  # "SBoR", marks the SQLite file as a library
-BUSY_SECONDS = 30.0
-
-_SCHEMA = """
-CREATE TABLE concepts (
-    base TEXT NOT NULL,
-    variant TEXT NOT NULL CHECK (variant IN ('fa', 'fb')),
-    name TEXT NOT NULL,
-    start INTEGER NOT NULL CHECK (start >= 0),
-    stop INTEGER NOT NULL CHECK (stop > start),
-    path TEXT,
-    digest TEXT,
-    token TEXT,
-    PRIMARY KEY (base, variant, name)
-)
-"""
 _COLUMNS = "base, variant, name, start, stop, path, digest, token"
 
 
@@ -88,8 +74,9 @@ class Library:
         variant: str,
         name: str,
         rank: int,
-        capacity: int,
+        widths: Mapping[str, int],
         slot: int | None = None,
+        allow_overlap: bool = False,
     ) -> Reservation:
         """Give a concept a range that no other concept of this base and variant owns.
 
@@ -100,21 +87,25 @@ class Library:
         Args:
             base: key of the base model.
             variant: "fa" or "fb".
-            capacity: width of the narrowest adapted layer, in indices.
+            widths: canonical name of each adapted layer → its width in indices; noted for
+                `layers`, and the narrowest one sets the capacity.
             slot: an explicit slot instead of the first free one.
+            allow_overlap: register an explicit slot even if another concept owns a part of it;
+                the two can then live in one library, but not in one model.
 
         Raises:
-            CapacityError: no range of this rank is free, or the slot ends beyond the layer.
-            ConfigError: variant, rank, name or slot make no sense.
+            CapacityError: no range of this rank is free, or the slot ends beyond the narrowest
+                layer; names that layer, its width, and how many concepts of this rank it holds.
+            ConfigError: variant, rank, name, slot or widths make no sense.
         """
         _check_request(variant, name, rank, slot)
         with self._transaction() as database:
             rows = _select(database, "base = ? AND variant = ?", base, variant)
             taken = [(row.start, row.stop) for row in rows if row.name != name]
             own = next((row for row in rows if row.name == name), None)
-            start = _choose(own, taken, rank, capacity, slot)
+            start = _choose(own, taken, rank, widths, slot)
             stop = start + rank
-            registered = _is_free(start, stop, taken)
+            registered = allow_overlap or _is_free(start, stop, taken)
             if registered and (own is None or (own.start, own.stop) != (start, stop)):
                 # Replacing the row also drops the path and digest of the older range's file.
                 database.execute(
@@ -122,6 +113,10 @@ class Library:
                     "VALUES (?, ?, ?, ?, ?)",
                     (base, variant, name, start, stop),
                 )
+            database.executemany(
+                "INSERT OR REPLACE INTO layers (base, variant, layer, width) VALUES (?, ?, ?, ?)",
+                [(base, variant, layer, width) for layer, width in widths.items()],
+            )
         return Reservation(start, stop, start // rank, registered)
 
     def record(
@@ -151,6 +146,21 @@ class Library:
         with self._transaction() as database:
             return _select(database, "base = IFNULL(?, base)", base)
 
+    def layers(self, base: str, variant: str) -> dict[str, int]:
+        """Canonical name → width, of all layers that concepts of this base and variant adapted.
+
+        Empty for concepts that an older version of this program registered.
+        """
+        if not self.path.exists():
+            return {}
+        with self._transaction() as database:
+            return dict(
+                database.execute(
+                    "SELECT layer, width FROM layers WHERE base = ? AND variant = ? ORDER BY layer",
+                    (base, variant),
+                )
+            )
+
     def remove(self, name: str, base: str | None = None, variant: str | None = None) -> Entry:
         """Forget a concept and give its range back; its file stays.
 
@@ -175,29 +185,8 @@ class Library:
             )
         return entry
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One write transaction on a connection of its own, safe across threads and forks."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(_connect(self.path)) as database:
-                database.execute("BEGIN IMMEDIATE")
-                try:
-                    _prepare(database, self.path)
-                    yield database
-                except BaseException:
-                    if database.in_transaction:  # SQLite itself rolls back when the disk is full
-                        database.execute("ROLLBACK")
-                    raise
-                database.execute("COMMIT")
-        except (OSError, sqlite3.OperationalError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ResourceError(
-                f"library {self.path} cannot be used: {reason}",
-                "give a writable file with --library or SBORA_LIBRARY",
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise _not_a_library(self.path) from error
+    def _transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        return transaction(self.path)
 
 
 def default_path() -> Path:
@@ -208,41 +197,30 @@ def default_path() -> Path:
     return Path(data) / "sbora" / "library.sqlite3"
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
-
-
-def _prepare(database: sqlite3.Connection, path: Path) -> None:
-    """Create the table in a new file; refuse a database that belongs to another program."""
-    (application,) = database.execute("PRAGMA application_id").fetchone()
-    if application == APPLICATION_ID:
-        return
-    if database.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-        raise _not_a_library(path)
-    database.execute(_SCHEMA)
-    database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-
-
 def _select(database: sqlite3.Connection, condition: str, *values: str | None) -> list[Entry]:
     query = f"SELECT {_COLUMNS} FROM concepts WHERE {condition} ORDER BY base, variant, start"
     return [Entry(*row) for row in database.execute(query, values)]
 
 
 def _choose(
-    own: Entry | None, taken: list[tuple[int, int]], rank: int, capacity: int, slot: int | None
+    own: Entry | None,
+    taken: list[tuple[int, int]],
+    rank: int,
+    widths: Mapping[str, int],
+    slot: int | None,
 ) -> int:
     """The first index of the range: of the given slot, the concept's own, or the first free."""
-    starts = range(0, capacity - rank + 1, rank)
+    starts = range(0, widths[narrowest(widths)] - rank + 1, rank)
     if slot is not None:
         if slot * rank not in starts:
-            raise _full(f"slot {slot} does not exist", rank, capacity)
+            raise _full(f"slot {slot} does not exist", rank, widths)
         return slot * rank
     if own is not None and own.rank == rank and own.start in starts:
         return own.start
     for start in starts:
         if _is_free(start, start + rank, taken):
             return start
-    raise _full(f"no range of rank {rank} is free", rank, capacity)
+    raise _full(f"no range of rank {rank} is free", rank, widths)
 
 
 def _is_free(start: int, stop: int, taken: list[tuple[int, int]]) -> bool:
@@ -260,10 +238,11 @@ def _check_request(variant: str, name: str, rank: int, slot: int | None) -> None
         raise ConfigError(f"slot must be 0 or more, got {slot}", "slots count from 0")
 
 
-def _full(problem: str, rank: int, capacity: int) -> CapacityError:
+def _full(problem: str, rank: int, widths: Mapping[str, int]) -> CapacityError:
+    layer = narrowest(widths)
     return CapacityError(
-        f"{problem}: the narrowest layer is {capacity} wide and holds {capacity // rank} concepts "
-        f"of rank {rank}",
+        f"{problem}: the narrowest layer, {layer!r}, is {widths[layer]} wide and holds "
+        f"{widths[layer] // rank} concepts of rank {rank}",
         "lower the rank, or free a range with `sbora library remove`",
     )
 
@@ -275,9 +254,3 @@ def _not_one(name: str, found: list[Entry], path: Path) -> ConfigError:
         )
     places = ", ".join(f"{entry.base}/{entry.variant}" for entry in found)
     return ConfigError(f"{name!r} is known for {places}", "say which base and variant")
-
-
-def _not_a_library(path: Path) -> FormatError:
-    return FormatError(
-        f"{path} is not a concept library", "give another file with --library or SBORA_LIBRARY"
-    )

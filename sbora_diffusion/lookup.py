@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from sbora_diffusion.core.concept import Concept, read_concept
+from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.core.concept_set import ConceptSet, read_concepts, read_member
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.library import Library
 
@@ -15,14 +16,31 @@ def load_concepts(
 ) -> list[tuple[Concept, float]]:
     """Read concepts given as `FILE[:WEIGHT]`, or as `NAME[:WEIGHT]` for one in the library.
 
-    The weight is what follows the last colon, if that is a number.
+    The weight is what follows the last colon, if that is a number. A concept set stands for all its
+    concepts, each with its own weight times the given one.
 
     Raises:
         ConfigError: neither a file nor a known name, or the weight is not finite.
-        FormatError, IntegrityError, NonFiniteError, ResourceError: see `read_concept`.
+        FormatError, IntegrityError, NonFiniteError, ResourceError: see `read_concepts`.
     """
-    parsed = [_split_weight(spec) for spec in specs]
-    return [(read_concept(_locate(place, library)), weight) for place, weight in parsed]
+    return list(load_selection(specs, library).concepts)
+
+
+def load_selection(specs: Sequence[str], library: Library | None = None) -> ConceptSet:
+    """As `load_concepts`; a concept set on its own keeps its permission to overlap."""
+    sets = [_load(spec, library) for spec in specs]
+    concepts = tuple(pair for found in sets for pair in found.concepts)
+    return ConceptSet(concepts, len(sets) == 1 and sets[0].allow_overlap)
+
+
+def _load(spec: str, library: Library | None) -> ConceptSet:
+    place, weight = _split_weight(spec)
+    file = _locate(place, library)
+    if not Path(place).is_file():  # a name stands for one concept, whatever else its file holds
+        return ConceptSet(((read_member(file, place), weight),))
+    found = read_concepts(file)
+    scaled = tuple((concept, own * weight) for concept, own in found.concepts)
+    return ConceptSet(scaled, found.allow_overlap)
 
 
 def _split_weight(spec: str) -> tuple[str, float]:

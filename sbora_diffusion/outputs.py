@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from sbora_diffusion.core.concept import read_concept
+from sbora_diffusion.core.concept_set import read_concepts
 from sbora_diffusion.core.errors import ConfigError, ConflictError, ResourceError, SboraError
 
 CONCEPT_SUFFIX = ".safetensors"
@@ -14,7 +14,7 @@ def check_concept_output(path: Path) -> None:
     """Refuse an output that could not be written or would destroy another file.
 
     Raises:
-        ConfigError: not named `.safetensors`, a folder, or a file that is no concept file.
+        ConfigError: not named `.safetensors`, a folder, or a file that holds no concepts.
         ResourceError: the folder cannot be written.
     """
     if path.suffix != CONCEPT_SUFFIX:
@@ -22,7 +22,7 @@ def check_concept_output(path: Path) -> None:
     check_writable(path)
     if path.exists():
         try:
-            read_concept(path)
+            read_concepts(path)
         except SboraError as error:
             raise ConfigError(
                 f"{path} exists and is not a concept file", "choose another output or delete it"

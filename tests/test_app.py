@@ -59,7 +59,7 @@ def served(tiny_concepts, tmp_path_factory):
     twin = folder / "twin.safetensors"
     with_other_name(tiny_concepts["plushbear"], twin, "twin")
     library = Library(folder / "library.sqlite3")
-    library.reserve("pocket-x", "fa", "twin", 8, 160)
+    library.reserve("pocket-x", "fa", "twin", 8, {"unet.to_k": 160})
     library.record("pocket-x", "fa", "twin", twin, "0" * 64, "<twin>")
     port = free_port()
     page = main(port=port, library=library.path, block=False, examples=examples)

@@ -123,7 +123,7 @@ def test_merging_refuses_what_cannot_live_together(sbora, tiny_concepts, tmp_pat
 
     assert refused(sbora("merge", bear, clash, "-o", "m"), "share", "--allow-overlap")
     assert refused(sbora("merge", bear, bear, "-o", "m"), "'plushbear'")
-    assert refused(sbora("merge", bear, cap, "-o", "m", "--as", "lora"), "model is the only")
+    assert refused(sbora("merge", bear, cap, "-o", "m", "--as", "zip"), "--as", "lora")
     assert refused(sbora("merge", bear, cap, "-o", blocked / "m"), "cannot be written")
     assert refused(sbora("merge", bear, cap, "-o", tmp_path), "not empty")
     assert refused(sbora("merge", f"{bear}:heavy", cap, "-o", "m"), "not a number")

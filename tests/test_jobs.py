@@ -7,7 +7,7 @@ from PIL import Image
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion import training
-from sbora_diffusion.jobs import index_capacity, train_concept
+from sbora_diffusion.jobs import index_widths, train_concept
 from sbora_diffusion.library import Library
 from sbora_diffusion.lookup import load_concepts
 from sbora_diffusion.pictures import save_png, words_cut_off
@@ -72,10 +72,11 @@ def test_a_failure_leaves_the_library_as_it_was(pocket, library, tmp_path, monke
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_capacity_is_the_narrowest_width_of_the_adapted_layers(pocket):
-    assert index_capacity(pocket, TINY) == 160
+def test_the_widths_of_the_adapted_layers_set_the_capacity(pocket):
+    assert min(index_widths(pocket, TINY).values()) == 160
     text = TINY.model_copy(update={"targets": "text-encoder"})
-    assert index_capacity(pocket, text) == 192
+    assert set(index_widths(pocket, text).values()) == {192}
+    assert all(name.startswith("text_encoder.") for name in index_widths(pocket, text))
 
 
 def test_weights_follow_the_last_colon(tiny_concepts, tmp_path, library):

@@ -67,10 +67,10 @@ def written() -> dict:
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
-def test_the_record_holds_every_section_and_says_where_each_comes_from(written):
-    assert {"judge", "base", "speed", "concepts"} <= written.keys()
+def test_every_section_of_the_record_says_where_it_comes_from(written):
     runs = {run["section"]: run for run in written["runs"]}
-    assert {"judge", "base", "speed", "concepts"} == runs.keys()
+    assert {"judge", "base"} <= runs.keys() <= {"judge", "base", "speed", "concepts"}
+    assert runs.keys() <= written.keys()
     for run in runs.values():
         assert {"command", "commit", "device", "versions", "date", "seconds"} <= run.keys()
         assert " /" not in run["command"], "paths in a record are relative"

@@ -26,6 +26,7 @@ from functools import lru_cache
 import torch
 
 from sbora_diffusion.core.errors import CapacityError, ConfigError
+from sbora_diffusion.core.layers import narrowest
 
 MAX_WIDTH = 1 << 17
 """Widest layer accepted; bounds the time a hostile file can cost its reader."""
@@ -86,7 +87,7 @@ def capacity(widths: Mapping[str, int], rank: int) -> int:
         ConfigError: no layers are given, or rank is below 1.
     """
     _check_rank(rank)
-    return widths[_narrowest(widths)] // rank
+    return widths[narrowest(widths)] // rank
 
 
 def check_capacity(widths: Mapping[str, int], start: int, stop: int) -> None:
@@ -97,7 +98,7 @@ def check_capacity(widths: Mapping[str, int], start: int, stop: int) -> None:
         ConfigError: no layers are given, or the range is empty or negative.
     """
     _check_range(start, stop)
-    layer = _narrowest(widths)
+    layer = narrowest(widths)
     if stop > widths[layer]:
         raise CapacityError(
             f"indices {start} to {stop - 1} (rank {stop - start}) do not fit into {layer!r}, which "
@@ -132,12 +133,6 @@ def _words(layer: str, seed: int) -> Iterator[int]:
 def _below(bound: int, words: Iterator[int]) -> int:
     limit = (1 << 64) // bound * bound
     return next(word for word in words if word < limit) % bound
-
-
-def _narrowest(widths: Mapping[str, int]) -> str:
-    if not widths:
-        raise ConfigError("no layer is adapted", "choose targets that match the base model")
-    return min(widths, key=lambda layer: (widths[layer], layer))
 
 
 def _check_rank(rank: int) -> None:

@@ -1,7 +1,7 @@
 """May concepts live in one model? Same base, own names, own tokens, own indices."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Literal
 
@@ -25,21 +25,69 @@ def check_mergeable(
         BaseMismatch: two were trained on different bases.
         ConflictError: two share a name, a placeholder token or, unless allowed, indices.
     """
-    relations = [_same_base(first, second) for first, second in combinations(concepts, 2)]
+    relations = [same_base(first, second) for first, second in combinations(concepts, 2)]
     _refuse_repeats("name", [concept.meta.name for concept in concepts])
     _refuse_repeats("token", [entry.token for c in concepts for entry in c.meta.tokens])
     if not allow_overlap:
-        for variant in ("fa", "fb"):
-            _refuse_overlap([concept for concept in concepts if concept.meta.variant == variant])
+        _refuse_overlap(concepts)
     return "rounded" if "rounded" in relations else "same"
 
 
-def _same_base(first: Concept, second: Concept) -> Literal["same", "rounded"]:
+def overlaps(concepts: Sequence[Concept]) -> dict[tuple[str, str], dict[str, int]]:
+    """Indices that two concepts of one variant both own.
+
+    Returns:
+        The two names, in the order of `concepts`, to layer to number of shared indices; only pairs
+        and layers that share any.
+    """
+    shared: dict[tuple[str, str], dict[str, int]] = {}
+    for variant in ("fa", "fb"):
+        of_variant = [concept for concept in concepts if concept.meta.variant == variant]
+        for layer in sorted({layer for concept in of_variant for layer in concept.layers}):
+            for pair, number in _shared_in(layer, of_variant):
+                shared.setdefault(pair, {})[layer] = number
+    return shared
+
+
+def crossings(concepts: Sequence[Concept]) -> dict[tuple[str, str], dict[str, int]]:
+    """Entries of a weight that an FA and an FB concept both write: r_a · r_b in each layer.
+
+    Returns:
+        The two names, in the order of `concepts`, to layer to number of shared entries.
+    """
+    return {
+        (first.meta.name, second.meta.name): {
+            layer: first.layers[layer].indices.numel() * second.layers[layer].indices.numel()
+            for layer in sorted(first.layers.keys() & second.layers.keys())
+        }
+        for first, second in combinations(concepts, 2)
+        if first.meta.variant != second.meta.variant
+    }
+
+
+def _shared_in(layer: str, concepts: list[Concept]) -> Iterator[tuple[tuple[str, str], int]]:
+    owners = [(c.meta.name, c.layers[layer].owned) for c in concepts if layer in c.layers]
+    union = frozenset().union(*(owned for _, owned in owners))
+    if len(union) == sum(len(owned) for _, owned in owners):
+        return  # the usual case, without looking at every pair
+    for (first, own), (second, others) in combinations(owners, 2):
+        if own & others:
+            yield (first, second), len(own & others)
+
+
+def same_base(first: Concept, second: Concept) -> Literal["same", "rounded"]:
+    """Were two concepts trained on one base, as far as the layers tell that both adapt?
+
+    Raises:
+        BaseMismatch: their families or weights differ; names the first layer that does.
+    """
     names = f"concepts {first.meta.name!r} and {second.meta.name!r}"
     remedy = "merge concepts that were trained on one base"
     if first.meta.family != second.meta.family:
         families = f"{first.meta.family!r} and {second.meta.family!r}"
         raise BaseMismatch(f"{names} belong to different families, {families}", remedy)
+    if first.meta.fingerprint == second.meta.fingerprint:
+        return "same"
     shared = first.layers.keys() & second.layers.keys()
     try:
         return compare(
@@ -58,21 +106,13 @@ def _refuse_repeats(what: str, values: list[str]) -> None:
         )
 
 
-def _refuse_overlap(concepts: list[Concept]) -> None:
-    shared: Counter[tuple[str, str]] = Counter()
-    layers: dict[tuple[str, str], set[str]] = {}
-    owners: dict[tuple[str, int], str] = {}
-    for concept in concepts:
-        for layer in sorted(concept.layers):
-            for index in concept.layers[layer].indices.tolist():
-                owner = owners.setdefault((layer, index), concept.meta.name)
-                if owner != concept.meta.name:
-                    shared[owner, concept.meta.name] += 1
-                    layers.setdefault((owner, concept.meta.name), set()).add(layer)
+def _refuse_overlap(concepts: Sequence[Concept]) -> None:
+    shared = overlaps(concepts)
     if shared:
-        pair = min(shared)
+        (first, second), layers = min(shared.items())
+        others = f" (and {len(shared) - 1} more pairs)" if len(shared) > 1 else ""
         raise ConflictError(
-            f"concepts {pair[0]!r} and {pair[1]!r} share {shared[pair]} indices in "
-            f"{len(layers[pair])} layers, the first is {min(layers[pair])!r}",
+            f"concepts {first!r} and {second!r} share {sum(layers.values())} indices in "
+            f"{len(layers)} layers, the first is {min(layers)!r}{others}",
             "train one of them again in a free slot, or pass --allow-overlap",
         )

@@ -42,7 +42,10 @@ __all__ = [
     "ConceptMeta",
     "LayerFactor",
     "TokenMeta",
+    "canonical_document",
     "check_mergeable",
+    "decode_concept",
+    "encode_concept",
     "public_base_name",
     "read_concept",
     "sealed",
@@ -73,19 +76,27 @@ def write_concept(path: str | Path, concept: Concept, overwrite: bool = True) ->
         ConfigError: the file exists and `overwrite` is false.
         ResourceError: it cannot be written; an older file of that name is untouched.
     """
-    validate_concept(concept)
-    tensors = _tensors(concept)
-    document = _document(concept.meta)
-    document["digest"] = _digest(tensors, document)
+    tensors, document = encode_concept(concept)
     metadata = {"sbora": canonical_json(document), **_metadata_for_others(concept.meta)}
     write_atomically(Path(path), encode(tensors, metadata), overwrite)
     return document["digest"]
 
 
+def encode_concept(concept: Concept) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Validate a concept and give what a file holds: its tensors and its document.
+
+    Raises:
+        FormatError, NonFiniteError, CapacityError: the concept is not valid.
+    """
+    validate_concept(concept)
+    tensors, document = _tensors(concept), _document(concept.meta)
+    document["digest"] = _digest(tensors, document)
+    return tensors, document
+
+
 def sealed(concept: Concept) -> Concept:
     """The same concept with its digest filled in, as reading it back from a file gives it."""
-    document = _document(concept.meta)
-    digest = _digest(_tensors(concept), document)
+    digest = _digest(_tensors(concept), _document(concept.meta))
     meta = concept.meta.model_copy(update={"digest": digest})
     return Concept(meta, concept.layers, concept.embeddings)
 
@@ -103,17 +114,26 @@ def read_concept(path: str | Path) -> Concept:
     path = Path(path)
     tensors, metadata = decode(path)
     try:
-        document = _parse(metadata)
-        if document["digest"] != _digest(tensors, document):
-            raise IntegrityError(
-                "the content does not match its digest, the file is damaged",
-                "copy or download it again",
-            )
-        layers, embeddings = _grouped(tensors)
-        concept = Concept(_meta(document, sorted(layers)), layers, embeddings)
-        validate_concept(concept)
+        return decode_concept(tensors, _parse(metadata))
     except SboraError as error:
         raise type(error)(f"{path}: {error.problem}", error.remedy) from error
+
+
+def decode_concept(tensors: Mapping[str, torch.Tensor], document: Any) -> Concept:
+    """The inverse of `encode_concept`, validating everything.
+
+    Raises:
+        FormatError, IntegrityError, NonFiniteError, CapacityError: see `read_concept`.
+    """
+    _check_document(document)
+    if document["digest"] != _digest(tensors, document):
+        raise IntegrityError(
+            "the content does not match its digest, the file is damaged",
+            "copy or download it again",
+        )
+    layers, embeddings = _grouped(tensors)
+    concept = Concept(_meta(document, sorted(layers)), layers, embeddings)
+    validate_concept(concept)
     return concept
 
 
@@ -189,15 +209,28 @@ def _meta(document: dict[str, Any], layers: list[str]) -> ConceptMeta:
         raise FormatError(f"{field[:200]} in the document: {first['msg']}", _REMEDY) from error
 
 
-def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _parse(metadata: Mapping[str, str]) -> Any:
     if "sbora" not in metadata:
         raise FormatError("a safetensors file, but not a concept file", _REMEDY)
+    return canonical_document(metadata["sbora"])
+
+
+def canonical_document(text: str) -> Any:
+    """Parse a document that must be written in the one canonical way.
+
+    Raises:
+        FormatError: it is not.
+    """
     try:
-        document = strict_json(metadata["sbora"])
-        if canonical_json(document) != metadata["sbora"]:
+        document = strict_json(text)
+        if canonical_json(document) != text:
             raise ValueError("not in its canonical form")
     except ValueError as error:
         raise FormatError(f"the document is not valid JSON: {error}", _REMEDY) from error
+    return document
+
+
+def _check_document(document: Any) -> None:
     if not isinstance(document, dict) or not isinstance(document.get("digest"), str):
         raise FormatError("the document has no digest", _REMEDY)
     if document.get("format_version") != 1:
@@ -205,7 +238,6 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
             f"format version {str(document.get('format_version'))[:20]!r}, this program reads 1",
             "update sbora-diffusion",
         )
-    return document
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], document: dict[str, Any]) -> str:

@@ -61,6 +61,8 @@ def compare(concept: Mapping[str, str], base: Mapping[str, str]) -> Literal["sam
 
 
 def _relation(concept: str, base: str | None) -> str:
+    if concept == base:  # the usual case, and the quick one
+        return "same"
     if base is None:
         return "missing"
     (concept_values, *concept_rounded), (base_values, *base_rounded) = _split(concept), _split(base)

@@ -7,119 +7,131 @@ original columns and rows are kept and put back, bit for bit.
 
 An FA and an FB concept in one layer always share r_a · r_b entries; the same rule holds for them,
 since each touched entry is computed from its original and from all concepts that touch it.
+
+Going from one set to another rebuilds only the columns and rows of updates that come, go or change,
+so it costs what these own, not what the weight or the whole set holds.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations, pairwise
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sbora_diffusion.core.errors import ConflictError, FormatError, NonFiniteError
-from sbora_diffusion.core.functional import Variant, scaled_factor
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """One concept's share of one layer.
-
-    Attributes:
-        key: the concept's digest; fixes the order of summation.
-        variant: "fa" (the indices are columns) or "fb" (rows).
-        indices: (r,), distinct, int32 or int64.
-        factor: B (out, r) of FA or A (r, in) of FB.
-        scale: weight · alpha / rank, see `functional.scaling`.
-    """
-
-    key: str
-    variant: Variant
-    indices: Tensor
-    factor: Tensor
-    scale: float
-
-    @property
-    def dim(self) -> int:
-        """The dimension of W0 (out, in) that the indices count."""
-        return 1 if self.variant == "fa" else 0
+from sbora_diffusion.core.errors import ConflictError, NonFiniteError
+from sbora_diffusion.core.functional import scaled_factor
+from sbora_diffusion.core.updates import Crowd, Update, Write, check_updates, share_of
 
 
 @dataclass(frozen=True, eq=False)
 class Originals:
-    """What a fold overwrote: the union of its columns (out, c) and of its rows (r, in)."""
+    """What is folded into a weight, and what that overwrote.
 
-    column_indices: Tensor
-    columns: Tensor
-    row_indices: Tensor
-    rows: Tensor
+    Attributes:
+        updates: key to update, in the order of the keys.
+        blocks: key to the unfolded weight's entries in its columns (out, r) or rows (r, in).
+    """
+
+    updates: Mapping[str, Update] = field(default_factory=dict)
+    blocks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Crowded = tuple[Update, Tensor, list[Update]]
+"""An update, the original entries that it owns, and all updates that touch these."""
+Place = tuple[int, int, int]
+"""Dimension, first index and number of indices in a block."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A computed step from one folded set to another that `commit` writes.
+
+    Attributes:
+        originals: what holds once it is written.
+    """
+
+    weight: Tensor
+    writes: tuple[Write, ...]
+    originals: Originals
 
 
 @torch.no_grad()
-def fold(weight: Tensor, updates: Sequence[Update]) -> Originals:
-    """Fold concepts into an unfolded weight (out, in), in place; the Parameter stays the same.
+def prepare(weight: Tensor, originals: Originals, updates: Sequence[Update]) -> Change:
+    """Compute the step to another set of updates; the weight is only read.
 
-    Any order of `updates` gives the same bytes. Entries outside the union of their columns and
-    rows are not written. On an error the weight is unchanged.
+    Any order of `updates` gives the same bytes. A weight that was moved or cast since it was folded
+    gets its originals moved or cast, and all of the set folded anew.
 
-    Returns:
-        The overwritten entries, for `restore` and `refold`.
+    Args:
+        weight: (out, in), with the set of `originals` folded into it.
+        originals: empty for an unfolded weight.
 
     Raises:
         ConflictError: two updates have one key.
         FormatError: a factor's or the weight's shape or type, or an index, does not fit.
         NonFiniteError: an update, or a folded entry, is not finite; names the keys.
     """
-    ordered = _ordered(updates)
-    _check(weight, ordered)
-    originals = _originals(weight, _union(ordered, 1), _union(ordered, 0))
-    columns = _folded(originals.columns, 1, originals.column_indices, ordered)
-    rows = _folded(originals.rows, 0, originals.row_indices, ordered)
-    _write(weight, originals.column_indices, columns, originals.row_indices, rows)
-    return originals
+    wanted = {update.key: update for update in _ordered(updates)}
+    before, cast = _at(weight, originals)
+    kept = set() if cast else _kept(before.updates, wanted)
+    new = [update for update in wanted.values() if update.key not in kept]
+    check_updates(weight, new)
+    blocks = {key: before.blocks[key] for key in kept} | _originals(weight, new, before)
+    gone = [update for update in before.updates.values() if not _stays(update, wanted)]
+    crowd, writes = Crowd(wanted), []
+    for dim in (0, 1):
+        changed = [(u, blocks[u.key]) for u in new if u.dim == dim]
+        changed += [(u, before.blocks[u.key]) for u in gone if u.dim == dim]
+        writes += _rebuilt(dim, changed, crowd)
+    return Change(weight, tuple(writes), Originals(wanted, blocks))
 
 
 @torch.no_grad()
-def restore(weight: Tensor, originals: Originals) -> None:
-    """Put the original columns and rows back, in place and bit for bit.
-
-    A weight that was moved or cast since it was folded gets its originals moved or cast.
-    """
-    _write(
-        weight,
-        originals.column_indices.to(weight.device),
-        originals.columns.to(weight),
-        originals.row_indices.to(weight.device),
-        originals.rows.to(weight),
-    )
-
-
-@torch.no_grad()
-def refold(weight: Tensor, originals: Originals, updates: Sequence[Update]) -> Originals:
-    """Replace the folded set by another one: restore, then fold.
-
-    Returns and raises as `fold` does; on an error the weight keeps what it held before the call.
-    """
-    before = _originals(weight, originals.column_indices, originals.row_indices)
-    restore(weight, originals)
+def commit(changes: Iterable[Change]) -> None:
+    """Write prepared steps in place, all of them: what interrupts this, undoes it too."""
+    undo: list[tuple[Tensor, Write]] = []
     try:
-        return fold(weight, updates)
-    except Exception:
-        restore(weight, before)
+        for change in changes:
+            for write in change.writes:
+                # Reading first also makes writing faster: strided entries are then in the cache.
+                was = change.weight.index_select(write.dim, write.at)
+                undo.append((change.weight, write._replace(block=was)))
+                change.weight.index_copy_(*write)
+    except BaseException:
+        for weight, write in reversed(undo):
+            weight.index_copy_(*write)
         raise
 
 
-def overlap(updates: Sequence[Update]) -> dict[tuple[str, str], list[int]]:
-    """Indices of one layer that two concepts of the same variant both own.
+def fold(weight: Tensor, updates: Sequence[Update]) -> Originals:
+    """Fold concepts into an unfolded weight (out, in), in place; the Parameter stays the same.
+
+    Entries outside the union of their columns and rows are not written.
 
     Returns:
-        (smaller key, larger key) to the shared indices, ascending; only pairs that share any.
+        The overwritten entries, for `restore` and `refold`.
+
+    Raises:
+        What `prepare` raises; the weight is unchanged then.
     """
-    shared = {}
-    for a, b in combinations(_ordered(updates), 2):
-        common = set(a.indices.tolist()) & set(b.indices.tolist())
-        if a.variant == b.variant and common:
-            shared[a.key, b.key] = sorted(common)
-    return shared
+    return refold(weight, Originals(), updates)
+
+
+def restore(weight: Tensor, originals: Originals) -> None:
+    """Put the original columns and rows back, in place and bit for bit."""
+    refold(weight, originals, ())
+
+
+def refold(weight: Tensor, originals: Originals, updates: Sequence[Update]) -> Originals:
+    """Replace the folded set by another one, in place.
+
+    Returns and raises as `fold` does; on an error the weight keeps what it held before the call.
+    """
+    change = prepare(weight, originals, updates)
+    commit([change])
+    return change.originals
 
 
 def _ordered(updates: Sequence[Update]) -> list[Update]:
@@ -130,86 +142,116 @@ def _ordered(updates: Sequence[Update]) -> list[Update]:
     return ordered
 
 
-def _union(updates: Sequence[Update], dim: int) -> Tensor:
-    indices = [update.indices.long().cpu() for update in updates if update.dim == dim]
-    return torch.cat(indices).unique() if indices else torch.empty(0, dtype=torch.long)
+def _at(weight: Tensor, originals: Originals) -> tuple[Originals, bool]:
+    """The originals where and as the weight is now, and whether it was cast since."""
+    old = next(iter(originals.blocks.values()), weight)
+    if (old.dtype, old.device) == (weight.dtype, weight.device):
+        return originals, False
+    blocks = {key: block.to(weight) for key, block in originals.blocks.items()}
+    return Originals(originals.updates, blocks), old.dtype != weight.dtype
 
 
-def _originals(weight: Tensor, columns: Tensor, rows: Tensor) -> Originals:
-    columns, rows = columns.to(weight.device), rows.to(weight.device)
-    return Originals(columns, weight.index_select(1, columns), rows, weight.index_select(0, rows))
+def _kept(before: Mapping[str, Update], wanted: Mapping[str, Update]) -> set[str]:
+    return {key for key in before.keys() & wanted.keys() if before[key].equals(wanted[key])}
 
 
-def _folded(original: Tensor, dim: int, kept: Tensor, updates: Sequence[Update]) -> Tensor:
-    """cast(fp32(W0) + Σ scale · Δ) on the kept columns (dim 1) or rows (dim 0) of W0."""
-    wide = original.to(torch.promote_types(original.dtype, torch.float32))
-    total = torch.zeros_like(wide)
-    places = []
-    for index, delta in _contributions(updates, dim, kept):
-        total[index] += delta.to(total)
-        places.append(index)
-    folded = (wide + total).to(original.dtype)
-    if not folded.isfinite().all():
-        pairs = zip(updates, places, strict=True)
-        guilty = [update for update, index in pairs if not folded[index].isfinite().all()]
-        raise _non_finite(guilty, f"the folded weight in {original.dtype}")
+def _stays(update: Update, wanted: Mapping[str, Update]) -> bool:
+    return update.key in wanted and wanted[update.key].has_place_of(update)
+
+
+def _originals(weight: Tensor, new: list[Update], before: Originals) -> dict[str, Tensor]:
+    """The unfolded weight's entries that updates own, although others may be folded there."""
+    crowd = Crowd(before.updates)
+    blocks = {u.key: before.blocks[u.key] for u in new if _stays(u, before.updates)}
+    for dim in (0, 1):
+        unknown = [update for update in new if update.dim == dim and update.key not in blocks]
+        if unknown:
+            together = weight.detach().index_select(dim, _at_all(unknown, weight.device))
+            sizes = [len(update.owned) for update in unknown]
+            for update, block in zip(unknown, together.split(sizes, dim), strict=True):
+                blocks[update.key] = block.contiguous()
+            for update in unknown:
+                for other in crowd.near(update):
+                    share = share_of(update, other, before.blocks[other.key])
+                    blocks[update.key].index_copy_(*share)
+    return blocks
+
+
+def _rebuilt(dim: int, changed: list[tuple[Update, Tensor]], crowd: Crowd) -> list[Write]:
+    """New entries for all that some updates own: cast(fp32(W0) + Σ scale · Δ) where the crowd
+    touches them, else W0."""
+    met = [(own, block, crowd.near(own)) for own, block in changed]
+    crowded = [triple for triple in met if triple[2]]
+    free = [(own, block) for own, block, near in met if not near]
+    writes = []
+    if free:
+        block = torch.cat([block for _, block in free], dim)
+        writes.append(Write(dim, _at_all([own for own, _ in free], block.device), block))
+    if crowded:
+        at = _at_all([own for own, *_ in crowded], crowded[0][1].device)
+        writes.append(Write(dim, at, _summed(dim, crowded)))
+    return writes
+
+
+def _summed(dim: int, crowded: list[Crowded]) -> Tensor:
+    original = torch.cat([block for _, block, _ in crowded], dim)
+    total = torch.zeros_like(original, dtype=torch.promote_types(original.dtype, torch.float32))
+    for place, own, near in _places(dim, crowded):
+        for update in near:
+            _add(own, update, total.narrow(*place))
+    folded = total.add_(original).to(original.dtype)
+    if not all(own in near for own, _, near in crowded):
+        folded = torch.where(_touched(original, dim, crowded), folded, original)
+    if not math.isfinite(folded.sum(dtype=torch.float32)):
+        _refuse_non_finite(folded, dim, crowded)
     return folded
 
 
-def _contributions(
-    updates: Sequence[Update], dim: int, kept: Tensor
-) -> Iterator[tuple[tuple[slice | Tensor, ...], Tensor]]:
-    """Where in the kept block each update adds, and what, in the order of the updates."""
-    for update in updates:
-        delta = scaled_factor(update.factor.detach().to(kept.device), update.scale)
-        index: list[slice | Tensor] = [slice(None), slice(None)]
-        own = update.indices.long().to(kept.device)
-        if update.dim == dim:
-            index[dim] = torch.searchsorted(kept, own)
-        else:
-            index[update.dim] = own
-            delta = delta.index_select(dim, kept)
-        yield tuple(index), delta
+def _places(dim: int, crowded: list[Crowded]) -> Iterator[tuple[Place, Update, list[Update]]]:
+    """Where in the joint block each one's own columns or rows stand, and who meets it there."""
+    offset = 0
+    for own, _, near in crowded:
+        yield (dim, offset, len(own.owned)), own, near
+        offset += len(own.owned)
 
 
-def _write(weight: Tensor, c: Tensor, columns: Tensor, r: Tensor, rows: Tensor) -> None:
-    weight.index_copy_(1, c, columns)
-    weight.index_copy_(0, r, rows)
+def _add(own: Update, other: Update, total: Tensor) -> None:
+    factor = other.factor.detach().to(total.device)
+    if own.has_place_of(other):
+        total.add_(scaled_factor(factor, other.scale).to(total))
+    else:
+        dim, at, part = share_of(own, other, factor)
+        total.index_add_(dim, at, scaled_factor(part, other.scale).to(total))
 
 
-def _check(weight: Tensor, updates: Sequence[Update]) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise FormatError(
-            f"expected a floating-point weight (out, in), got {weight.dtype} {tuple(weight.shape)}",
-            "fold into the unquantized base",
+def _touched(joint: Tensor, dim: int, crowded: list[Crowded]) -> Tensor:
+    touched = torch.zeros_like(joint, dtype=torch.bool)
+    for place, own, near in _places(dim, crowded):
+        for update in near:
+            share = share_of(own, update, update.factor)
+            touched.narrow(*place).index_fill_(share.dim, share.at.to(joint.device), True)
+    return touched
+
+
+def _at_all(updates: list[Update], device: torch.device) -> Tensor:
+    return torch.cat([update.indices for update in updates]).to(device, torch.int64)
+
+
+def _refuse_non_finite(folded: Tensor, dim: int, crowded: list[Crowded]) -> None:
+    """Name the updates to blame; there are none if but the sum of all entries overflowed."""
+    blamed: dict[str, Update] = {}
+    for place, own, near in _places(dim, crowded):
+        for update in near:
+            share = share_of(own, update, update.factor)
+            touched = folded.narrow(*place).index_select(share.dim, share.at.to(folded.device))
+            if not touched.isfinite().all():
+                blamed[update.key] = update
+    guilty = list(blamed.values())
+    factors = [u for u in guilty if not scaled_factor(u.factor, u.scale).isfinite().all()]
+    if guilty:
+        what = "its factor" if factors else f"the folded weight in {folded.dtype}"
+        keys = ", ".join(repr(update.key) for update in factors or guilty)
+        raise NonFiniteError(
+            f"concept {keys}: {what} is not finite",
+            "lower the concept's weight, or train it again with a lower learning rate",
         )
-    for update in updates:
-        _check_shape(weight, update)
-        if not scaled_factor(update.factor, update.scale).isfinite().all():
-            raise _non_finite([update], "its factor")
-
-
-def _check_shape(weight: Tensor, update: Update) -> None:
-    rank, width = update.indices.numel(), weight.shape[update.dim]
-    expected = list(weight.shape)
-    expected[update.dim] = rank
-    if list(update.factor.shape) != expected:
-        raise FormatError(
-            f"concept {update.key!r}: expected a factor of shape {tuple(expected)} for a weight of "
-            f"shape {tuple(weight.shape)}, got {tuple(update.factor.shape)}",
-            "use the base that the concept was trained on",
-        )
-    own = update.indices.tolist()
-    if len(set(own)) != rank or not all(0 <= index < width for index in own):
-        raise FormatError(
-            f"concept {update.key!r}: expected {rank} distinct indices below {width}, got {own}",
-            "get the concept file again from its author",
-        )
-
-
-def _non_finite(updates: Sequence[Update], what: str) -> NonFiniteError:
-    keys = ", ".join(repr(update.key) for update in updates)
-    return NonFiniteError(
-        f"concept {keys}: {what} is not finite",
-        "lower the concept's weight, or train it again with a lower learning rate",
-    )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -98,6 +99,11 @@ class LayerFactor:
     indices: torch.Tensor
     factor: torch.Tensor
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def owned(self) -> frozenset[int]:
+        """The indices as numbers."""
+        return frozenset(self.indices.tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,6 +12,7 @@ from sbora_diffusion.core.concept import Concept, LayerFactor
 from sbora_diffusion.core.errors import BaseMismatch, FormatError
 from sbora_diffusion.core.functional import Variant
 from sbora_diffusion.core.tuner import SboraConfig, SboraLinear
+from sbora_diffusion.core.tuner.layer import Gate
 from sbora_diffusion.diffusion.targets import by_component, name_prefix, target_layers
 
 
@@ -78,7 +80,7 @@ def inject_concept(pipeline: StableDiffusionPipeline, concept: Concept, weight: 
 
 def set_weight(pipeline: StableDiffusionPipeline, concept: str, weight: float) -> None:
     """Change the weight λ of one concept's adapter."""
-    for layer in _adapted(pipeline):
+    for layer in adapted_layers(pipeline):
         layer.set_scale(adapter_name(concept), weight)
 
 
@@ -94,15 +96,30 @@ def eject(pipeline: StableDiffusionPipeline, concept: str) -> None:
 
 
 def activate(pipeline: StableDiffusionPipeline, concepts: list[str]) -> None:
-    """Make exactly these concepts' adapters active, in both models, and freeze them."""
+    """Make exactly these concepts' adapters active, in both models, and freeze them; their updates
+    are added in the order given."""
     adapters = [adapter_name(concept) for concept in concepts]
-    for layer in _adapted(pipeline):
+    for layer in adapted_layers(pipeline):
         layer.set_adapter([a for a in adapters if a in layer.configs], inference_mode=True)
 
 
-def _adapted(pipeline: StableDiffusionPipeline) -> Iterator[SboraLinear]:
+def adapted_layers(pipeline: StableDiffusionPipeline) -> Iterator[SboraLinear]:
+    """Every layer with adapters, of both models."""
     for model in (pipeline.unet, pipeline.text_encoder):
         yield from (module for module in model.modules() if isinstance(module, SboraLinear))
+
+
+@contextmanager
+def gated(pipeline: StableDiffusionPipeline, gate: Gate) -> Iterator[None]:
+    """Let a gate decide how much of each adapter's update is added, in both models."""
+    layers = list(adapted_layers(pipeline))
+    for layer in layers:
+        layer.gate = gate
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gate = None
 
 
 def trained_layers(

@@ -1,20 +1,18 @@
 """Concepts folded into one model that stock diffusers loads."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from sbora_diffusion.core.compatibility import overlaps
 from sbora_diffusion.core.concept import Concept, check_mergeable
-from sbora_diffusion.core.errors import ConflictError, ResourceError
-from sbora_diffusion.core.fingerprint import compare
-from sbora_diffusion.core.functional import scaling
-from sbora_diffusion.core.merging import Originals, Update, fold, restore
+from sbora_diffusion.core.errors import ConflictError
+from sbora_diffusion.core.fingerprint import Fingerprint, compare
+from sbora_diffusion.core.folded_set import FoldedSet, Weighted
+from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.pipeline import token_vectors
 from sbora_diffusion.diffusion.targets import target_layers
@@ -24,10 +22,11 @@ RECORD = "sbora.json"
 
 
 class Merged:
-    """Concepts folded in place; `restore()` gives the base back bit for bit.
+    """Concepts folded in place; without concepts the base is itself, bit for bit.
 
     Every owned entry becomes cast(fp32(W0) + Σ λ·scale·Δ), summed in the order of the concepts'
-    digests, so the order in which they are given does not matter.
+    digests, so a model depends neither on the order in which concepts are given nor on what was
+    folded before. While concepts are in, nothing else may change the base's weights or tokens.
 
     Args:
         base: unfolded and without adapters.
@@ -35,44 +34,72 @@ class Merged:
         allow_overlap: accept concepts of one variant that share indices.
 
     Raises:
-        BaseMismatch, ConflictError: nothing was changed.
-        NonFiniteError: a folded weight would not be finite; nothing was changed.
+        As `switch` does.
     """
 
     def __init__(
-        self, base: Base, concepts: Sequence[tuple[Concept, float]], allow_overlap: bool = False
-    ):
-        if base.folded:
-            raise ConflictError("the base has concepts folded into it", "restore it first")
-        relations = [compare(c.meta.fingerprint, base.fingerprint) for c, _ in concepts]
-        check_mergeable([concept for concept, _ in concepts], allow_overlap)
-        self.rounded = "rounded" in relations
-        self.base, self.concepts = base, sorted(concepts, key=lambda pair: pair[0].meta.digest)
+        self, base: Base, concepts: Sequence[Weighted] = (), allow_overlap: bool = False
+    ) -> None:
+        self.base, self.allow_overlap = base, allow_overlap
+        self._relations: dict[str, str] = {}  # digest → "same" or "rounded"
         self.tokens = PlaceholderTokens(base.pipeline)
-        vectors: dict[str, torch.Tensor] = {}
-        for concept, _ in self.concepts:
-            vectors |= token_vectors(concept)
-        self.tokens.add(vectors)
-        self._originals = self._fold()
-        base.folded = True
+        self._folded = FoldedSet(target_layers(base.pipeline))
+        self._fingerprint = None if base.folded else base.fingerprint
+        self.switch(concepts)
 
-    def _fold(self) -> dict[str, Originals]:
-        layers = target_layers(self.base.pipeline)
-        originals: dict[str, Originals] = {}
+    @property
+    def concepts(self) -> list[Weighted]:
+        """What is folded now, in the order of the digests."""
+        return self._folded.concepts
+
+    @property
+    def rounded(self) -> bool:
+        """Was some concept trained on a rounded copy of this base?"""
+        return "rounded" in self._relations.values()
+
+    def switch(self, concepts: Sequence[Weighted]) -> None:
+        """Go to another set of concepts; costs what those own that come, go or change weight.
+
+        Raises:
+            ConflictError: names, tokens or indices clash, or others are folded into the base.
+            BaseMismatch: a concept belongs to another base.
+            ConfigError: a weight λ is not finite.
+            FormatError: a factor or an embedding does not fit the base.
+            NonFiniteError: a folded weight would not be finite.
+            On any error nothing is changed.
+        """
+        if self._fingerprint is None or (self.base.folded and not self.concepts):
+            raise ConflictError("the base has concepts folded into it", "restore it first")
+        relations = {c.meta.digest: self._relation(c, self._fingerprint) for c, _ in concepts}
+        check_mergeable([concept for concept, _ in concepts], self.allow_overlap)
+        step = self._folded.prepare(concepts)
+        before = self.concepts
+        self.tokens.set(_vectors(step.concepts))
         try:
-            for name in sorted({n for c, _ in self.concepts for n in c.layers}):
-                originals[name] = fold(layers[name].weight, layer_updates(self.concepts, name))
-        except Exception:
-            _restore(self.base, originals)
-            self.tokens.set({})
+            self._folded.commit(step)
+        except BaseException:
+            self.tokens.set(_vectors(before))
             raise
-        return originals
+        self._relations = relations
+        self.base.folded = bool(self.concepts)
+
+    def add(self, concept: Concept, weight: float = 1.0) -> None:
+        """Fold one more concept in; raises as `switch` does."""
+        self.switch([*self.concepts, (concept, weight)])
+
+    def remove(self, name: str) -> None:
+        """Take a concept out; raises as `switch` does."""
+        self._known(name)
+        self.switch([pair for pair in self.concepts if pair[0].meta.name != name])
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """Change a concept's weight λ; raises as `switch` does."""
+        self._known(name)
+        self.switch([(c, weight if c.meta.name == name else old) for c, old in self.concepts])
 
     def restore(self) -> None:
         """Put the base's own bytes, vocabulary and embeddings back."""
-        _restore(self.base, self._originals)
-        self.tokens.set({})
-        self.base.folded = False
+        self.switch([])
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a model folder for stock diffusers, all of it or nothing.
@@ -81,22 +108,7 @@ class Merged:
             ConflictError: the folder exists and is not empty.
             ResourceError: it cannot be written.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConflictError(f"{folder} exists and is not empty", "give another --output")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=".sbora-", dir=folder.parent))
-        except OSError as error:
-            raise ResourceError(f"{folder} cannot be written: {error.strerror}") from error
-        try:
-            self._write(unfinished, dtype)
-            unfinished.chmod(0o777 & ~_umask())
-            os.replace(unfinished, folder)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ResourceError(f"{folder} cannot be written: {reason}") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        write_folder(folder, lambda unfinished: self._write(unfinished, dtype))
 
     def _write(self, folder: Path, dtype: torch.dtype) -> None:
         self.base.pipeline.save_pretrained(folder)
@@ -104,46 +116,54 @@ class Merged:
             _convert(folder, dtype)
         _load_in_fp32_by_default(folder / "text_encoder" / "config.json")
         _forget_paths(folder)
-        (folder / RECORD).write_text(json.dumps(self._record(dtype), indent=2) + "\n")
-
-    def _record(self, dtype: torch.dtype) -> dict:
-        """What was merged, without time, host or path."""
-        return {
+        of_base = {
             "base": self.base.public_name,
             "family": self.base.family,
             "rounded_base": self.rounded,
-            "dtype": str(dtype).removeprefix("torch."),
-            "concepts": [
-                {
-                    "name": concept.meta.name,
-                    "digest": concept.meta.digest,
-                    "weight": weight,
-                    "tokens": [entry.token for entry in concept.meta.tokens],
-                }
-                for concept, weight in self.concepts
-            ],
         }
+        record = {**of_base, **merge_record(self.concepts, self.allow_overlap, dtype)}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def _relation(self, concept: Concept, base: Fingerprint) -> str:
+        known = self._relations.get(concept.meta.digest)
+        return known or compare(concept.meta.fingerprint, base)
+
+    def _known(self, name: str) -> None:
+        names = [concept.meta.name for concept, _ in self.concepts]
+        if name not in names:
+            raise ConflictError(f"no concept {name!r} is folded", f"folded are {sorted(names)}")
 
 
-def layer_updates(concepts: Sequence[tuple[Concept, float]], layer: str) -> list[Update]:
-    """Each concept's share of one layer, with scale λ·alpha/rank."""
-    return [
-        Update(
-            key=concept.meta.digest,
-            variant=concept.meta.variant,
-            indices=concept.layers[layer].indices,
-            factor=concept.layers[layer].factor,
-            scale=scaling(concept.meta.alpha, concept.meta.rank, weight),
-        )
-        for concept, weight in concepts
-        if layer in concept.layers
-    ]
+def merge_record(
+    concepts: Sequence[Weighted], allow_overlap: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What was merged, without time, host or path; shared indices are listed."""
+    ordered = sorted(concepts, key=lambda pair: pair[0].meta.digest)
+    shared = overlaps([concept for concept, _ in ordered])
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "allow_overlap": allow_overlap,
+        "overlaps": [
+            {"concepts": list(pair), "layers": len(layers), "indices": sum(layers.values())}
+            for pair, layers in sorted(shared.items())
+        ],
+        "concepts": [
+            {
+                "name": concept.meta.name,
+                "digest": concept.meta.digest,
+                "weight": weight,
+                "tokens": [entry.token for entry in concept.meta.tokens],
+            }
+            for concept, weight in ordered
+        ],
+    }
 
 
-def _restore(base: Base, originals: dict[str, Originals]) -> None:
-    layers = target_layers(base.pipeline)
-    for name, kept in originals.items():
-        restore(layers[name].weight, kept)
+def _vectors(concepts: Sequence[Weighted]) -> dict[str, torch.Tensor]:
+    vectors: dict[str, torch.Tensor] = {}
+    for concept, _ in concepts:
+        vectors |= token_vectors(concept)
+    return vectors
 
 
 def _convert(folder: Path, dtype: torch.dtype) -> None:
@@ -174,9 +194,3 @@ def _forget_paths(folder: Path) -> None:
             file.write_text(
                 json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,7 +1,8 @@
 """Base + concepts → images: live adapters with weights."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -9,16 +10,36 @@ from PIL import Image
 from sbora_diffusion.core.concept import Concept, check_mergeable
 from sbora_diffusion.core.errors import ConfigError, ConflictError, NonFiniteError, SboraError
 from sbora_diffusion.core.fingerprint import compare
+from sbora_diffusion.core.folded_set import Weighted
 from sbora_diffusion.diffusion.adapters import activate, eject, inject_concept, set_weight
 from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.prompts import spelled, tokens_in
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens
 
 StepCallback = Callable[[int, int], None]
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.0
 
 
+class Sampler(Protocol):
+    """Prompts and seeds → latents (B, C, H, W); see `draw_latents`, the usual one."""
+
+    def __call__(
+        self,
+        base: Base,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        negative_prompt: str,
+        on_step: Callable[[int], None] | None,
+    ) -> torch.Tensor: ...
+
+
 class ConceptPipeline:
     """A base with concepts attached as live adapters.
+
+    Updates are summed in the order of the concepts' digests, so pictures do not depend on the order
+    in which concepts came.
 
     Args:
         base: unadapted; concepts come and go without a trace.
@@ -51,8 +72,40 @@ class ConceptPipeline:
             self.tokens.remove([entry.token for entry in concept.meta.tokens])
             raise
         self.concepts[concept.meta.name] = concept
-        activate(self.base.pipeline, list(self.concepts))
+        activate(self.base.pipeline, self.order)
         return rounded
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the attached concepts in the order of their digests."""
+        return sorted(self.concepts, key=lambda name: (self.concepts[name].meta.digest, name))
+
+    def switch(self, concepts: Sequence[Weighted], allow_overlap: bool = False) -> list[str]:
+        """Make exactly these concepts the attached ones.
+
+        Returns:
+            Names of those trained on a rounded copy of this base.
+
+        Raises:
+            BaseMismatch, ConflictError, ConfigError: nothing was changed.
+            FormatError: a concept does not fit the base; none is attached any more.
+        """
+        wanted = [concept for concept, _ in concepts]
+        relations = {c.meta.name: compare(c.meta.fingerprint, self.fingerprint) for c in wanted}
+        check_mergeable(wanted, allow_overlap)
+        for _, weight in concepts:
+            _refuse_bad_weight(weight)
+        for name in [n for n, concept in self.concepts.items() if concept not in wanted]:
+            self.remove(name)
+        try:
+            for concept, weight in concepts:
+                if concept.meta.name not in self.concepts:
+                    self.add(concept, allow_overlap=allow_overlap)
+                self.set_weight(concept.meta.name, weight)
+        except BaseException:
+            self.switch([])
+            raise
+        return [name for name, relation in relations.items() if relation == "rounded"]
 
     def remove(self, name: str) -> None:
         """Detach a concept; the base is as it was before."""
@@ -60,7 +113,7 @@ class ConceptPipeline:
         eject(self.base.pipeline, name)
         self.tokens.remove([entry.token for entry in concept.meta.tokens])
         del self.concepts[name]
-        activate(self.base.pipeline, list(self.concepts))
+        activate(self.base.pipeline, self.order)
 
     def set_weight(self, name: str, weight: float) -> None:
         """Change a concept's weight λ; 0 silences it."""
@@ -69,11 +122,13 @@ class ConceptPipeline:
         set_weight(self.base.pipeline, name, weight)
 
     def unmentioned(self, prompt: str) -> list[str]:
-        """Names of concepts whose token the prompt does not contain."""
+        """Names of concepts with tokens none of which stands in the prompt, in whatever case."""
+        mentioned = set(tokens_in(prompt))
         return [
             name
             for name, concept in self.concepts.items()
-            if not any(entry.token in prompt for entry in concept.meta.tokens)
+            if concept.meta.tokens
+            and mentioned.isdisjoint(entry.token for entry in concept.meta.tokens)
         ]
 
     def generate(self, prompt: str, **options) -> list[Image.Image]:
@@ -106,12 +161,14 @@ def generate(
     guidance: float = DEFAULT_GUIDANCE,
     negative_prompt: str = "",
     on_step: StepCallback | None = None,
+    sampler: Sampler | None = None,
 ) -> list[Image.Image]:
     """Draw `num` pictures of a prompt; picture k uses seed + k alone, whatever `num` is
     (up to rounding: pictures are drawn four at a time).
 
     Args:
         on_step: called with (steps done, steps in all).
+        sampler: `draw_latents` by default; e.g. `regions.Regions`.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -123,7 +180,7 @@ def generate(
     if steps > most:
         raise ConfigError(f"the base samples in at most {most} steps, got {steps}")
     seeds = [seed + k for k in range(num)]
-    return draw(base, [prompt] * num, seeds, steps, guidance, negative_prompt, on_step)
+    return draw(base, [prompt] * num, seeds, steps, guidance, negative_prompt, on_step, sampler)
 
 
 def draw(
@@ -134,9 +191,11 @@ def draw(
     guidance: float = DEFAULT_GUIDANCE,
     negative_prompt: str = "",
     on_step: StepCallback | None = None,
+    sampler: Sampler | None = None,
 ) -> list[Image.Image]:
     """One picture per prompt and seed, four at a time, decoded and checked."""
     pictures: list[Image.Image] = []
+    sampler = sampler or draw_latents
     chunks = [slice(k, k + 4) for k in range(0, len(prompts), 4)]
     for number, rows in enumerate(chunks):
 
@@ -144,7 +203,7 @@ def draw(
             if on_step:
                 on_step(number * steps + done, len(chunks) * steps)
 
-        latents = draw_latents(
+        latents = sampler(
             base, prompts[rows], seeds[rows], steps, guidance, negative_prompt, report
         )
         pictures += decode(base, latents)
@@ -159,10 +218,39 @@ def draw_latents(
     guidance: float = DEFAULT_GUIDANCE,
     negative_prompt: str = "",
     on_step: Callable[[int], None] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Latents (B, C, H, W) after sampling; each row depends on its own prompt and seed."""
+    """Latents (B, C, H, W) after sampling; each row depends on its own prompt and seed.
 
-    def after_step(_pipeline, step: int, _timestep, values: dict) -> dict:
+    Args:
+        size: height and width of the pictures in pixels, the base's own by default.
+    """
+    texts = {
+        "prompt": [spelled(prompt) for prompt in prompts],
+        "negative_prompt": [spelled(negative_prompt)] * len(prompts),
+    }
+    return sample(base, texts, seeds, steps, guidance, on_step, size)
+
+
+def sample(
+    base: Base,
+    texts: Mapping[str, Any],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    on_step: Callable[[int], None] | None = None,
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Latents (B, C, H, W) after sampling.
+
+    Args:
+        texts: the arguments of diffusers' pipeline that say what to draw, plain or encoded.
+
+    Raises:
+        NonFiniteError: the latents became NaN or infinite.
+    """
+
+    def after_step(_pipeline: object, step: int, _timestep: object, values: dict) -> dict:
         if not values["latents"].isfinite().all():
             raise NonFiniteError(
                 f"the picture became NaN or infinite at step {step + 1}",
@@ -172,9 +260,11 @@ def draw_latents(
             on_step(step + 1)
         return values
 
+    height, width = size or (None, None)
     return base.pipeline(
-        prompt=list(prompts),
-        negative_prompt=[negative_prompt] * len(prompts),
+        **texts,
+        height=height,
+        width=width,
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],

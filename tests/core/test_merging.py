@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sbora_diffusion.core.errors import ConflictError, FormatError, NonFiniteError
 from sbora_diffusion.core.functional import delta_weight
-from sbora_diffusion.core.merging import Update, fold, overlap, refold, restore
+from sbora_diffusion.core.merging import fold, refold, restore
+from sbora_diffusion.core.updates import Update
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -153,7 +154,7 @@ def test_the_parameter_object_and_its_storage_stay():
     assert layer.weight is parameter
     assert layer.weight.data_ptr() == pointer
     assert layer.weight.requires_grad
-    assert not originals.columns.requires_grad
+    assert not originals.blocks["a"].requires_grad
 
 
 def test_a_weight_cast_after_folding_is_restored_to_the_cast_base():
@@ -220,10 +221,3 @@ def test_factors_and_indices_that_do_not_fit_are_refused(variant, indices, size)
 def test_an_integer_weight_is_refused():
     with pytest.raises(FormatError, match="floating-point"):
         fold(torch.zeros(4, 4, dtype=torch.uint8), [])
-
-
-def test_overlap_reports_shared_indices_of_pairs_of_one_variant():
-    shape = (6, 6)
-    a, b = update("a", "fa", [0, 2, 5], shape, 0), update("b", "fa", [5, 2, 1], shape, 1)
-    c, d = update("c", "fb", [0, 2, 5], shape, 2), update("d", "fa", [3], shape, 3)
-    assert overlap([d, c, b, a]) == {("a", "b"): [2, 5]}

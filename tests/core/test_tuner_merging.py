@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sbora_diffusion.core.errors import NonFiniteError
-from sbora_diffusion.core.merging import Update, fold
+from sbora_diffusion.core.merging import fold
 from sbora_diffusion.core.tuner import SboraConfig
+from sbora_diffusion.core.updates import Update
 from tests.core.tuner_models import (
     HALVES,
     RANK,

@@ -1,5 +1,7 @@
 """Placeholder tokens come and go without a trace, in an order of their own."""
 
+import copy
+
 import pytest
 import torch
 
@@ -145,3 +147,23 @@ def test_trainable_tokens_look_up_like_the_table_they_start_from_in_its_dtype():
         numbers = torch.arange(10).reshape(2, 5)
         found = TrainableTokens(embedding, 4)(numbers)
         assert found.dtype == dtype and torch.equal(found, embedding(numbers))
+
+
+def test_the_words_are_those_of_a_full_copy_of_the_tokenizer(pocket, tokens):
+    base = pocket.pipeline.tokenizer
+    full = copy.deepcopy(base)
+    full.add_tokens(["<a>", "<a>_1"])
+    tokens.add({"<a>": vectors(2, 0)})
+    found = pocket.pipeline.tokenizer
+    assert found.backend_tokenizer.to_str() == full.backend_tokenizer.to_str()
+    assert found.get_vocab() == full.get_vocab() and "<a>" not in base.get_vocab()
+    text = "a photo of <a> <a>_1 <|endoftext|>"
+    assert found(text).input_ids == full(text).input_ids
+
+
+def test_more_placeholders_than_the_spare_rows_fit_too(pocket, tokens):
+    tokens.add({"<a>": vectors(2, 0)})
+    many = {f"<b{k}>": vectors(100, k) for k in range(4)}
+    tokens.add(many)
+    expected = torch.cat([vectors(2, 0), *many.values()])
+    assert torch.equal(table(pocket)[tokens.base_size :], expected)

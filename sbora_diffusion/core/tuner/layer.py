@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,13 @@ from torch import Tensor, nn
 from sbora_diffusion.core.allocation import indices_for
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.core.functional import SBORA, delta_weight, scaling
-from sbora_diffusion.core.merging import Originals, Update, fold, refold
+from sbora_diffusion.core.merging import Originals, fold, refold
 from sbora_diffusion.core.tuner.config import SboraConfig
+from sbora_diffusion.core.updates import Update
+
+Gate = Callable[[str, Tensor], Tensor | bool]
+"""(adapter, input of the layer (..., in)) → how much of the adapter's update is added: all,
+nothing, or a share per token that broadcasts against the layer's output."""
 
 
 class SboraLinear(nn.Module, BaseTunerLayer):
@@ -30,11 +36,15 @@ class SboraLinear(nn.Module, BaseTunerLayer):
         config: its configuration.
         layer_name: canonical name, from which the indices are drawn.
 
+    Attributes:
+        gate: set from outside while updates are confined to some tokens; folded adapters ignore it.
+
     Raises:
         ConfigError: the base layer is not linear.
         CapacityError: the configuration's range does not fit the layer.
     """
 
+    gate: Gate | None = None
     adapter_layer_names = ("sbora_factor",)
     other_param_names = ("sbora_indices", "r", "configs", "weights", "layer_scales")
 
@@ -82,8 +92,15 @@ class SboraLinear(nn.Module, BaseTunerLayer):
             return y
         for name in self.active_adapters:
             if name in self.configs and name not in self._folded:
-                y = self._add(name, y, x)
+                y = self._add(name, y, x) if self.gate is None else self._gated(name, y, x)
         return y
+
+    def _gated(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        assert self.gate is not None
+        share = self.gate(name, x)
+        if isinstance(share, bool):
+            return self._add(name, y, x) if share else y
+        return y + share * self._add(name, torch.zeros_like(y), x)
 
     def _add(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         config = self.configs[name]

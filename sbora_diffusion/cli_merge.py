@@ -1,0 +1,132 @@
+"""The command that puts concepts together: `sbora merge`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sbora_diffusion.console import (
+    BaseOption,
+    Console,
+    DeviceOption,
+    Dtype,
+    JsonOption,
+    LibraryOption,
+    open_base,
+    quiet_libraries,
+)
+from sbora_diffusion.core.errors import ConfigError
+from sbora_diffusion.library import Library
+
+if TYPE_CHECKING:
+    from sbora_diffusion.core.concept_set import ConceptSet
+
+
+class Form(StrEnum):
+    model = "model"
+    set = "set"
+    lora = "lora"
+
+
+def merge(
+    concepts: Annotated[list[str], typer.Argument(metavar="FILE[:WEIGHT]…")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The new folder (model, lora) or file (set)")
+    ],
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--as",
+            help="model: a folder for stock diffusers; set: one file with all concepts, which "
+            "merge and generate take like a concept; lora: one LoRA and its token embeddings",
+        ),
+    ] = Form.model,
+    base: BaseOption = None,
+    allow_overlap: Annotated[bool, typer.Option(help="Accept shared indices")] = False,
+    device: DeviceOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="Numbers that are written")] = Dtype.fp32,
+    library: LibraryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put concepts together in one model, one concept set or one LoRA."""
+    from sbora_diffusion.core.concept_set import ConceptSet
+    from sbora_diffusion.lookup import load_selection
+
+    console = Console(as_json)
+    loaded = load_selection(concepts, Library(library))
+    selection = ConceptSet(loaded.concepts, allow_overlap or loaded.allow_overlap)
+    if form is Form.model:
+        facts = _write_model(console, selection, output, base, device, dtype)
+    elif form is Form.set:
+        facts = _write_set(console, selection, output, dtype)
+    else:
+        facts = _write_lora(console, selection, output, dtype)
+    listed = [{"name": c.meta.name, "weight": weight} for c, weight in selection.concepts]
+    common = {"as": str(form), "dtype": str(dtype), "allow_overlap": selection.allow_overlap}
+    console.result({**facts, **common, "concepts": listed})
+
+
+def _write_model(
+    console: Console,
+    selection: "ConceptSet",
+    output: Path,
+    base: str | None,
+    device: str | None,
+    dtype: Dtype,
+) -> dict[str, Any]:
+    from sbora_diffusion.diffusion.bases import DTYPES
+    from sbora_diffusion.diffusion.merging import Merged
+    from sbora_diffusion.outputs import check_model_output
+
+    check_model_output(output)
+    named = base or next(
+        (c.meta.base_name for c, _ in selection.concepts if c.meta.base_name), None
+    )
+    if named is None:
+        raise ConfigError("the concept files do not name their base", "give it with --base")
+    merged = Merged(open_base(named, device), selection.concepts, selection.allow_overlap)
+    if merged.rounded:
+        console.warn("some concepts were trained on a rounded copy of this base")
+    merged.save(output, DTYPES[dtype])
+    console.say(f"{output}: {len(selection.concepts)} concepts in one model of {named}, {dtype}")
+    console.say(f'next: sbora generate "{_prompt(selection)}" --base {output}')
+    return {"folder": str(output), "base": named, "rounded_base": merged.rounded}
+
+
+def _write_set(
+    console: Console, selection: "ConceptSet", output: Path, dtype: Dtype
+) -> dict[str, Any]:
+    from sbora_diffusion.core.concept_set import rounded_concept, write_concept_set
+    from sbora_diffusion.diffusion.bases import DTYPES
+    from sbora_diffusion.outputs import check_concept_output, make_parent
+
+    check_concept_output(output)
+    make_parent(output)
+    rounded = [(rounded_concept(c, DTYPES[dtype]), weight) for c, weight in selection.concepts]
+    digest = write_concept_set(output, rounded, selection.allow_overlap)
+    console.say(f"{output}: {len(rounded)} concepts in one set, {output.stat().st_size} bytes")
+    console.say(f'next: sbora generate "{_prompt(selection)}" --concept {output}')
+    return {"file": str(output), "digest": digest}
+
+
+def _write_lora(
+    console: Console, selection: "ConceptSet", output: Path, dtype: Dtype
+) -> dict[str, Any]:
+    quiet_libraries()
+    from sbora_diffusion.diffusion.bases import DTYPES
+    from sbora_diffusion.diffusion.formats import LORA_FILE, write_lora
+    from sbora_diffusion.outputs import check_model_output
+
+    check_model_output(output)
+    files = write_lora(output, selection.concepts, selection.allow_overlap, DTYPES[dtype])
+    names = [file.name for file in files]
+    console.say(f"{output / LORA_FILE}: {len(selection.concepts)} concepts in one LoRA, {dtype}")
+    console.say(f"in diffusers: load_lora_weights({str(output)!r}) and, for the tokens,")
+    console.say(f"load_textual_inversion of {', '.join(names)} in that folder")
+    return {"folder": str(output), "lora": LORA_FILE, "embeddings": names}
+
+
+def _prompt(selection: "ConceptSet") -> str:
+    tokens = [entry.token for concept, _ in selection.concepts for entry in concept.meta.tokens]
+    return " next to ".join(tokens)

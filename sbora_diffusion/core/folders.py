@@ -1,0 +1,42 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sbora_diffusion.core.errors import ConflictError, ResourceError
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder whose content `fill` writes, all of it or nothing; its mode follows the umask.
+
+    Raises:
+        ConflictError: the folder exists and is not empty.
+        ResourceError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConflictError(f"{folder} exists and is not empty", "give another --output")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".sbora-", dir=folder.parent))
+    except OSError as error:
+        raise ResourceError(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        fill(unfinished)
+        unfinished.chmod(0o777 & ~_umask())
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ResourceError(f"{folder} cannot be written: {reason}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

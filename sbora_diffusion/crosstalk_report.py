@@ -1,0 +1,89 @@
+"""Crosstalk for people and for programs: a table, heat maps, JSON."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from sbora_diffusion.core.crosstalk import Crosstalk
+from sbora_diffusion.core.layers import role
+from sbora_diffusion.plots import Heat
+
+MEANING = "row: whose prompts; column: who disturbs; 0 = silent, 1 = as loud as the concept itself"
+
+
+def crosstalk_rows(measured: Crosstalk) -> list[list[str]]:
+    """One row for each concept p: the rms ratio of every q, and where it is disturbed most."""
+    rms = _numbers(measured.rms())
+    return [
+        [
+            name,
+            *("" if p == q else _figure(rms[p][q]) for q in range(len(rms))),
+            _loudest(measured, p),
+        ]
+        for p, name in enumerate(measured.names)
+    ]
+
+
+def crosstalk_document(measured: Crosstalk) -> dict[str, Any]:
+    """Everything that was measured; matrices are [whose prompts][who disturbs]."""
+    count = range(len(measured.names))
+    ratios = measured.ratios()
+    return {
+        "concepts": list(measured.names),
+        "rms": _numbers(measured.rms()),
+        "worst": [[_worst(measured, p, q) if p != q else None for q in count] for p in count],
+        "groups": {name: _numbers(m) for name, m in measured.grouped(role).items()},
+        "layers": {layer: _numbers(ratios[:, :, k]) for k, layer in enumerate(measured.layers)},
+        "norms": {
+            layer: _numbers(measured.norms[:, :, k]) for k, layer in enumerate(measured.layers)
+        },
+    }
+
+
+def heat_maps(measured: Crosstalk) -> list[Heat]:
+    """Concepts × concepts over all layers, and groups of layers × pairs of concepts."""
+    names = measured.names
+    pairs = [(p, q) for p in range(len(names)) for q in range(len(names)) if p != q]
+    rms = _numbers(measured.rms())
+    for k in range(len(names)):
+        rms[k][k] = None
+    groups = {name: _numbers(matrix) for name, matrix in measured.grouped(role).items()}
+    maps = [Heat("Crosstalk, rms over all layers", MEANING, names, names, rms)]
+    if pairs:
+        maps.append(
+            Heat(
+                "Crosstalk, rms over the layers of a group",
+                "column: who disturbs whose prompts",
+                list(groups),
+                [f"{names[q]} on {names[p]}" for p, q in pairs],
+                [[matrix[p][q] for p, q in pairs] for matrix in groups.values()],
+            )
+        )
+    return maps
+
+
+def _loudest(measured: Crosstalk, p: int) -> str:
+    found = [
+        (worst[1], measured.names[q], worst[0])
+        for q in range(len(measured.names))
+        if q != p and (worst := measured.worst(p, q))
+    ]
+    if not found:
+        return "-"
+    ratio, name, layer = max(found)
+    return f"{name} {ratio:.2f} in {layer}"
+
+
+def _worst(measured: Crosstalk, p: int, q: int) -> dict[str, Any] | None:
+    worst = measured.worst(p, q)
+    return {"layer": worst[0], "ratio": worst[1]} if worst else None
+
+
+def _numbers(matrix: Tensor) -> list[list[float | None]]:
+    """JSON has no NaN."""
+    return [[None if math.isnan(x) else x for x in row] for row in matrix.tolist()]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

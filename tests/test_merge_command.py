@@ -1,0 +1,117 @@
+"""`sbora merge` in its three forms, and where what it writes is taken again."""
+
+import copy
+import json
+
+import pytest
+
+from sbora_diffusion import cli
+from sbora_diffusion.core.concept_set import read_concept_set
+from sbora_diffusion.diffusion import bases
+from tests.diffusion.helpers import strong_concept
+from tests.test_cli import refused
+
+
+@pytest.fixture(autouse=True)
+def _one_base(pocket, monkeypatch, tmp_path):
+    monkeypatch.setattr(bases, "load_base", lambda *_: copy.deepcopy(pocket))
+    monkeypatch.setenv("SBORA_LIBRARY", str(tmp_path / "library.sqlite3"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def sbora(capsys):
+    """Run a command: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(pocket, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for name, slot in (("one", 0), ("two", 1), ("twin", 0)):
+        strong_concept(pocket, folder, name, slot=slot)
+    return folder
+
+
+def model_bytes(folder):
+    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_set_is_one_file_whose_weights_multiply_wherever_a_concept_is_taken(
+    sbora, files, tmp_path
+):
+    one, two = files / "one.safetensors", files / "two.safetensors"
+    status, out, _ = sbora(
+        "merge", f"{one}:0.5", two, "-o", "deep/pair.safetensors", "--as", "set", "--json"
+    )
+    facts = json.loads(out)
+    assert status == 0 and (facts["as"], facts["allow_overlap"]) == ("set", False)
+    assert facts["digest"] == read_concept_set("deep/pair.safetensors").digest
+    assert sbora("merge", two, f"{one}:0.5", "-o", "other.safetensors", "--as", "set")[0] == 0
+    pair = (tmp_path / "deep" / "pair.safetensors").read_bytes()
+    assert pair == (tmp_path / "other.safetensors").read_bytes()
+
+    assert sbora("merge", "deep/pair.safetensors:0.5", "-o", "from_set")[0] == 0
+    assert sbora("merge", f"{one}:0.25", f"{two}:0.5", "-o", "from_files")[0] == 0
+    assert model_bytes(tmp_path / "from_set") == model_bytes(tmp_path / "from_files")
+
+
+def test_overlap_needs_permission_which_every_form_records_and_a_set_keeps(sbora, files, tmp_path):
+    both = (files / "one.safetensors", files / "twin.safetensors")
+    for form, output in (("model", "m"), ("set", "s.safetensors"), ("lora", "l")):
+        words = ("'one'", "'twin'", "576 indices in 72 layers", "--allow-overlap")
+        assert refused(sbora("merge", *both, "-o", output, "--as", form), *words)
+        assert not (tmp_path / output).exists()
+        assert sbora("merge", *both, "-o", output, "--as", form, "--allow-overlap")[0] == 0
+    assert read_concept_set("s.safetensors").allow_overlap is True
+    for folder in ("m", "l"):
+        record = json.loads((tmp_path / folder / "sbora.json").read_text())
+        assert record["allow_overlap"] is True and record["overlaps"][0]["indices"] == 576
+    assert sbora("merge", "s.safetensors", "-o", "again")[0] == 0
+    two = files / "two.safetensors"
+    assert refused(sbora("merge", "s.safetensors", two, "-o", "more"), "share 576 indices")
+
+
+def test_a_lora_says_how_diffusers_loads_it(sbora, files):
+    status, out, _ = sbora("merge", files / "one.safetensors", "-o", "lora", "--as", "lora")
+    assert status == 0
+    assert "load_lora_weights('lora')" in out and "token_one.safetensors" in out
+
+
+def test_a_narrow_type_is_written_in_every_form(sbora, files, tmp_path):
+    one = files / "one.safetensors"
+    for form, output in (("model", "m"), ("set", "s.safetensors"), ("lora", "l")):
+        status, out, _ = sbora(
+            "merge", one, "-o", output, "--as", form, "--dtype", "bf16", "--json"
+        )
+        assert status == 0 and json.loads(out)["dtype"] == "bf16"
+    assert (tmp_path / "s.safetensors").stat().st_size < 0.7 * one.stat().st_size
+
+
+def test_a_damaged_set_and_an_output_that_is_no_set_are_refused(sbora, files, tmp_path):
+    one = files / "one.safetensors"
+    assert refused(sbora("merge", one, "-o", "pair", "--as", "set"), "must end in .safetensors")
+    (tmp_path / "mine.safetensors").write_text("x")
+    assert refused(
+        sbora("merge", one, "-o", "mine.safetensors", "--as", "set"), "not a concept file"
+    )
+    assert sbora("merge", one, "-o", "s.safetensors", "--as", "set")[0] == 0
+    data = bytearray((tmp_path / "s.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "s.safetensors").write_bytes(data)
+    assert refused(sbora("merge", "s.safetensors", "-o", "m"), "s.safetensors", "damaged")
+
+
+def test_a_member_of_a_set_is_found_by_its_name_in_the_library(sbora, files):
+    both = (files / "one.safetensors", files / "two.safetensors")
+    assert sbora("merge", *both, "-o", "pair.safetensors", "--as", "set")[0] == 0
+    assert sbora("library", "add", "pair.safetensors")[0] == 0
+    status, out, _ = sbora("merge", "two:0.5", "-o", "m", "--json")
+    assert status == 0
+    assert json.loads(out)["concepts"] == [{"name": "two", "weight": 0.5}]
