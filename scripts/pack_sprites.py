@@ -28,7 +28,8 @@ from world_art import (
     held_out_rows,
     models,
 )
-from world_tables import ACCESSORIES, EMOJI_SETS
+from world_nouns import ACCESSORIES
+from world_tables import EMOJI_SETS
 
 WORLD = ROOT / "build" / "world"
 VIEWS = WORLD / "views"  # written by render_models.py: LIBRARY/MODEL/NN.png

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from PIL import Image
 from world_models import EXCLUDED_MODELS, MODEL_NOUNS
-from world_tables import DROPPED, EMOJI_SETS, EXTRA, LIBRARY_LICENCE, RENAMED, SUBGROUPS
+from world_nouns import RENAMED
+from world_tables import DROPPED, EMOJI_SETS, EXTRA, LIBRARY_LICENCE, SUBGROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 ART = ROOT / "build" / "art"

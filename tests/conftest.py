@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when diffusers is imported, hence bef
 import pytest
 import torch
 
+from sbora_diffusion import cli
 from sbora_diffusion.core.concept import write_concept
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import read_subject
@@ -39,3 +40,15 @@ def tiny_concepts(pocket, tmp_path_factory) -> dict[str, Path]:
         finally:
             training.close()
     return files
+
+
+@pytest.fixture
+def sbora(capsys):
+    """Run a command: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        return ended.value.code, *capsys.readouterr()
+
+    return run

@@ -4,7 +4,6 @@ import shutil
 import pytest
 from PIL import Image
 
-from sbora_diffusion import cli
 from sbora_diffusion.core.concept import read_concept, write_concept
 from sbora_diffusion.core.concept_set import write_concept_set
 from sbora_diffusion.core.errors import ResourceError
@@ -22,18 +21,6 @@ def _here(pocket, monkeypatch, tmp_path):
     monkeypatch.setenv("SBORA_LIBRARY", str(tmp_path / "library.sqlite3"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-
-@pytest.fixture
-def sbora(capsys):
-    """Run a command: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

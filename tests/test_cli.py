@@ -26,18 +26,6 @@ def _one_base(pocket, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def sbora(capsys):
-    """Run a command: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        return ended.value.code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A good concept folder, to be spoilt."""
     return shutil.copytree(CONCEPTS / "plushbear", tmp_path / "plushbear")

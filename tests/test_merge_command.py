@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from sbora_diffusion import cli
 from sbora_diffusion.core.concept_set import read_concept_set
 from sbora_diffusion.diffusion import bases
 from tests.diffusion.helpers import strong_concept
@@ -17,18 +16,6 @@ def _one_base(pocket, monkeypatch, tmp_path):
     monkeypatch.setattr(bases, "load_base", lambda *_: copy.deepcopy(pocket))
     monkeypatch.setenv("SBORA_LIBRARY", str(tmp_path / "library.sqlite3"))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def sbora(capsys):
-    """Run a command: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
