@@ -71,7 +71,7 @@ class Evaluator:
         )  # fmt: skip
         figures, judged = judge_base(self.world, drawer, self.judges.clip, args.number, self.say)
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        base_sheet(judged).save(args.sheet)
+        base_sheet(judged).save(args.sheet, quality=85)
         return figures
 
     def speed(self) -> dict:
@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, help="folder that keeps what was drawn")
     parser.add_argument("--from-pictures", type=Path, help="such a folder, judged without drawing")
     parser.add_argument("--out", type=Path, default=Path("results/pocket_base.json"))
-    parser.add_argument("--sheet", type=Path, default=Path("docs/pocket_base.png"))
+    parser.add_argument("--sheet", type=Path, default=Path("docs/pocket_base.jpg"))
     parser.add_argument("--commit", help="of the code, where there is no git checkout")
     return parser.parse_args()
 

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 scripts/train_pocket_base.py --seconds 560 --decay
 
 A run loads the state that the last one left in --state (full precision, with the optimizer) or,
-without one, the half-precision model in --start; it ends after the seconds given, writes the
+without one, the half-precision model in --base; it ends after the seconds given, writes the
 state, and the model with averaged weights to --out. The autoencoder is trained once, first, and
-comes from --state or --start ever after.
+comes from --state or --base ever after.
 """
 
 import argparse
@@ -28,13 +28,12 @@ from pocket_model import (
     build_unet,
     save_pocket,
 )
-from pocket_norm import use_channel_sums
 from pocket_run import Place, set_rate, shared, update
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from world.stream import PipelineTokenize, SceneStream
 
-EMA_DECAY = 0.9995
+EMA_DECAY = 0.999
 EMPTY_PROMPT_RATE = 0.1
 LOGIT_MEAN, EVEN_SHARE = -0.4, 0.15  # of the timesteps
 
@@ -119,7 +118,6 @@ def train_denoiser(
 ) -> tuple[Denoiser, dict]:
     """Train for `args.seconds`; returns the averaged model and what happened."""
     history = {"images": 0, "steps": 0, "losses": []}
-    use_channel_sums(model)
     model.to(place.device)
     average = copy.deepcopy(model).requires_grad_(False)
     wrapped = place.wrap(model)
@@ -171,11 +169,11 @@ def train_denoiser(
 
 
 def load_start(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple:
-    """Autoencoder and denoiser: from --start where it is given, else newly made."""
-    trained = args.start or (args.state / "autoencoder.pt").exists() or args.autoencoder_seconds
-    assert trained or not args.seconds, "no trained autoencoder: give --start"
-    if args.start:
-        pipeline = StableDiffusionPipeline.from_pretrained(args.start, dtype=torch.float32)
+    """Autoencoder and denoiser: from --base where it is given, else newly made."""
+    trained = args.base or (args.state / "autoencoder.pt").exists() or args.autoencoder_seconds
+    assert trained or not args.seconds, "no trained autoencoder: give --base"
+    if args.base:
+        pipeline = StableDiffusionPipeline.from_pretrained(args.base, dtype=torch.float32)
         return pipeline.vae, Denoiser(pipeline.text_encoder, pipeline.unet)
     return build_autoencoder(), Denoiser(build_text_encoder(tokenizer), build_unet())
 
@@ -184,7 +182,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=Path, default=Path("build/world"))
     parser.add_argument("--tokenizer", type=Path, default=Path("sbora_diffusion/pocket/tokenizer"))
-    parser.add_argument("--start", type=Path, help="model folder to go on from")
+    parser.add_argument("--base", type=Path, help="model folder to go on from")
     parser.add_argument("--state", type=Path, default=Path("build/pocket_state"))
     parser.add_argument("--out", type=Path, default=Path("build/pocket"))
     parser.add_argument("--autoencoder-seconds", type=float, default=0)

@@ -3,10 +3,13 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sbora_diffusion.core.concept import Concept, LayerFactor
 from sbora_diffusion.core.errors import BaseMismatch, FormatError
@@ -111,15 +114,38 @@ def adapted_layers(pipeline: StableDiffusionPipeline) -> Iterator[SboraLinear]:
 
 @contextmanager
 def gated(pipeline: StableDiffusionPipeline, gate: Gate) -> Iterator[None]:
-    """Let a gate decide how much of each adapter's update is added, in both models."""
+    """Let a gate decide how much of each adapter's update is added, in both models.
+
+    It also acts on ordinary LoRAs, where the update is what `lora_B` gives.
+    """
     layers = list(adapted_layers(pipeline))
     for layer in layers:
         layer.gate = gate
+    hooks = _lora_hooks(pipeline, gate)
     try:
         yield
     finally:
         for layer in layers:
             layer.gate = None
+        for hook in hooks:
+            hook.remove()
+
+
+def _lora_hooks(pipeline: StableDiffusionPipeline, gate: Gate) -> list[RemovableHandle]:
+    return [
+        up.register_forward_hook(partial(_gate_update, gate, adapter))
+        for model in (pipeline.unet, pipeline.text_encoder)
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for adapter, up in layer.lora_B.items()
+    ]
+
+
+def _gate_update(
+    gate: Gate, adapter: str, _up: nn.Module, inputs: tuple[Tensor], update: Tensor
+) -> Tensor:
+    # The gate reads of its input only rows, tokens and dtype, which the down factor keeps.
+    return gate(adapter, inputs[0]) * update
 
 
 def trained_layers(

@@ -40,6 +40,8 @@ class ConceptTraining:
     """One concept in training. Use `steps()` to the end, then `concept()`, then `close()`.
 
     While it is open the base carries the adapter, so pictures can be drawn from `base.pipeline`.
+    A subclass may bring another adapter: training knows it by `_put_in`, `_factors` and `_take_out`
+    alone.
 
     Args:
         base: an unadapted base; `close()` gives it back as it was.
@@ -69,16 +71,34 @@ class ConceptTraining:
         pipeline, config, token = self.base.pipeline, self.config, self.subject.settings.token
         self.tokens = PlaceholderTokens(pipeline)
         self.tokens.add({token: self.initial})
-        self.adapted = inject(
-            pipeline, self.subject.settings.name, list(self.layers), config.variant, config.rank,
-            config.resolved_alpha, self.start, config.allocation_seed, config.dropout,
-        )  # fmt: skip
+        self._put_in()
         embedding = pipeline.text_encoder.get_input_embeddings()
         self.trainable = TrainableTokens(embedding, len(self.initial))
         pipeline.text_encoder.set_input_embeddings(self.trainable)
         if config.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
             pipeline.text_encoder.gradient_checkpointing_enable()
+
+    def _put_in(self) -> None:
+        """Add the adapter to `self.layers`; the base's output does not change."""
+        config = self.config
+        self.adapted = inject(
+            self.base.pipeline, self.subject.settings.name, list(self.layers), config.variant,
+            config.rank, config.resolved_alpha, self.start, config.allocation_seed, config.dropout,
+        )  # fmt: skip
+
+    def _factors(self, component: str) -> list[nn.Parameter]:
+        """The adapter's parameters in one component."""
+        name = adapter_name(self.subject.settings.name)
+        return [
+            layer.sbora_factor[name]
+            for path, layer in self.adapted.items()
+            if path.startswith(component)
+        ]
+
+    def _take_out(self) -> None:
+        """Remove the adapter from all components."""
+        eject(self.base.pipeline, self.subject.settings.name)
 
     def _train_mode(self, on: bool) -> None:
         """Dropout and the text encoder's checkpointing work in train mode alone; pictures drawn
@@ -165,18 +185,12 @@ class ConceptTraining:
         return [Example(to_tensor(picture), (prompt,)) for picture in pictures]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        name = adapter_name(self.subject.settings.name)
         rates = {"unet": self.config.rate_unet, "text_encoder": self.config.rate_text_encoder}
         groups: list[dict[str, Any]] = [
             {"params": [self.trainable.vectors], "lr": self.config.rate_tokens}
         ]
         for component, rate in rates.items():
-            factors = [
-                layer.sbora_factor[name]
-                for path, layer in self.adapted.items()
-                if path.startswith(component)
-            ]
-            if factors:
+            if factors := self._factors(component):
                 groups.append({"params": factors, "lr": rate})
         for group in groups:
             for parameter in group["params"]:
@@ -223,9 +237,13 @@ class ConceptTraining:
             training=config.model_dump(mode="json"),
         )
         dtype = DTYPES[config.save_dtype]
-        vectors = self.trainable.vectors.detach().to("cpu", dtype, copy=True)
         layers = trained_layers(self.adapted, settings.name, dtype)
-        return sealed(Concept(meta, layers, {f"text_encoder.{settings.token}": vectors}))
+        embeddings = {f"text_encoder.{settings.token}": self.token_vectors(dtype)}
+        return sealed(Concept(meta, layers, embeddings))
+
+    def token_vectors(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The placeholder's vectors (vectors, dim) as they are now, copied to the CPU."""
+        return self.trainable.vectors.detach().to("cpu", dtype, copy=True)
 
     def close(self) -> None:
         """Give the base back without adapter and placeholder."""
@@ -236,7 +254,7 @@ class ConceptTraining:
         if self.config.gradient_checkpointing:
             self.base.pipeline.unet.disable_gradient_checkpointing()
             self.base.pipeline.text_encoder.gradient_checkpointing_disable()
-        eject(self.base.pipeline, self.subject.settings.name)
+        self._take_out()
         self.tokens.set({})
 
 
