@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sbora_diffusion.core.errors import ResourceError, SboraError
+from sbora_diffusion.core.errors import ConfigError, ResourceError, SboraError
 from sbora_diffusion.library import Library
 
 if TYPE_CHECKING:  # torch takes seconds to import: only once it is needed
@@ -14,7 +14,13 @@ if TYPE_CHECKING:  # torch takes seconds to import: only once it is needed
 
 @dataclass(frozen=True)
 class Card:
-    """One concept to choose: `key` is unique on the page, `thumbnail` a picture beside the file."""
+    """One concept to choose.
+
+    Attributes:
+        key: unique on the page.
+        thumbnail: a picture beside the file.
+        in_set: whether the file holds other concepts too; the library knows it by its name then.
+    """
 
     key: str
     name: str
@@ -22,6 +28,7 @@ class Card:
     token: str
     path: Path
     thumbnail: Path | None = None
+    in_set: bool = False
 
 
 def find_cards(library: Library, examples: Path) -> tuple[list[Card], list[str]]:
@@ -34,28 +41,34 @@ def find_cards(library: Library, examples: Path) -> tuple[list[Card], list[str]]
     for path in sorted(examples.glob("*.safetensors")):
         _put(cards, problems, path)
     own: set[str] = set()
-    for path in _library_files(library, problems):
-        card = _put(cards, problems, path, taken=own)
+    for path, name in _library_files(library, problems):
+        card = _put(cards, problems, path, name, own)
         own |= {card.key} if card else set()
     return list(cards.values()), problems
 
 
-def _library_files(library: Library, problems: list[str]) -> list[Path]:
+def _library_files(library: Library, problems: list[str]) -> list[tuple[Path, str]]:
+    """The files of the library's concepts, each with the name of the concept."""
     try:
         entries = library.concepts()
     except SboraError as error:
         problems.append(str(error))
         return []
-    found = [Path(entry.path) for entry in entries if entry.path and _is_pocket(entry.base)]
-    return [path for path in found if path.is_file()]
+    own = [entry for entry in entries if _is_pocket(entry.base)]
+    found = [(Path(entry.path), entry.name) for entry in own if entry.path]
+    return [(path, name) for path, name in found if path.is_file()]
 
 
 def _put(
-    cards: dict[str, Card], problems: list[str], path: Path, taken: set[str] | None = None
+    cards: dict[str, Card],
+    problems: list[str],
+    path: Path,
+    name: str | None = None,
+    taken: set[str] | None = None,
 ) -> Card | None:
     """Add the card of a file, under another key if the name is in `taken`."""
     try:
-        card = read_card(path)[1]
+        card = read_card(path, name)[1]
     except SboraError as error:
         problems.append(str(error))
         return None
@@ -65,29 +78,40 @@ def _put(
     return card
 
 
-def read_card(path: Path) -> "tuple[Concept, Card]":
-    """A concept file and its card; the same object as long as the file does not change.
+def read_card(path: Path, name: str | None = None) -> "tuple[Concept, Card]":
+    """A concept and its card; the same object as long as the file does not change.
+
+    Args:
+        name: of the concept that is meant in a file that may hold several.
 
     Raises:
-        SboraError: see `read_concept`.
+        ConfigError: the file holds no concept of that name, or several and none is named.
+        SboraError: see `read_concepts`.
     """
     try:
         stamp = path.stat()
     except OSError as error:
         raise ResourceError(f"{path} cannot be read: {error.strerror}") from error
-    return _read_once(path, stamp.st_mtime_ns, stamp.st_size)
+    return _read_once(path, name, stamp.st_mtime_ns, stamp.st_size)
 
 
 @lru_cache(maxsize=64)
-def _read_once(path: Path, _modified: int, _size: int) -> "tuple[Concept, Card]":
-    from sbora_diffusion.core.concept import read_concept
+def _read_once(path: Path, name: str | None, _modified: int, _size: int) -> "tuple[Concept, Card]":
+    from sbora_diffusion.core.concept_set import read_concepts, read_member
 
-    concept = read_concept(path)
+    found = read_concepts(path)
+    in_set = bool(found.digest)
+    if in_set and name is None:
+        raise ConfigError(
+            f"{path} holds several concepts", f"`sbora library add {path}` makes each usable here"
+        )
+    concept = read_member(path, name) if name else found.concepts[0][0]
     meta = concept.meta
     token = meta.tokens[0].token if meta.tokens else ""
-    pictures = (path.with_suffix(suffix) for suffix in (".jpg", ".png", ".webp"))
+    beside = path.with_name(meta.name) if in_set else path.with_suffix("")
+    pictures = (beside.with_name(beside.name + suffix) for suffix in (".jpg", ".png", ".webp"))
     thumbnail = next((picture for picture in pictures if picture.is_file()), None)
-    return concept, Card(meta.name, meta.name, meta.class_noun, token, path, thumbnail)
+    return concept, Card(meta.name, meta.name, meta.class_noun, token, path, thumbnail, in_set)
 
 
 def _is_pocket(base: str) -> bool:

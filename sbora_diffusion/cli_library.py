@@ -102,12 +102,11 @@ def add(
     console, concepts = Console(as_json), [c for c, _ in read_concepts(file).concepts]
     named = next((c.meta.base_name for c in concepts if c.meta.base_name), "pocket")
     model, shelf = open_base(base or named, "cpu"), Library(library)
-    entries = []
-    for concept in concepts:
-        entry = add_to_library(file, concept, model, shelf, allow_overlap)
+    entries = add_to_library(file, concepts, model, shelf, allow_overlap)
+    for entry in entries:
         console.say(f"{entry.name}: slot {entry.slot}, indices {entry.start} to {entry.stop - 1}")
-        entries.append(_document(entry))
-    console.result(entries[0] if len(entries) == 1 else {"concepts": entries})
+    found = [_document(entry) for entry in entries]
+    console.result(found[0] if len(found) == 1 else {"concepts": found})
 
 
 @library_app.command()

@@ -133,20 +133,33 @@ def index_widths(base: Base, config: TrainConfig) -> dict[str, int]:
 
 
 def add_to_library(
-    path: Path, concept: Concept, base: Base, library: Library, allow_overlap: bool = False
-) -> Entry:
-    """Register a concept file that was trained elsewhere, in the range that it has.
+    path: Path,
+    concepts: Sequence[Concept],
+    base: Base,
+    library: Library,
+    allow_overlap: bool = False,
+) -> list[Entry]:
+    """Register the concepts of a file that were trained elsewhere, in the ranges that they have.
 
     Args:
         allow_overlap: also where another concept owns that range; no prompt may then call both.
 
     Raises:
-        BaseMismatch: it belongs to another base.
+        BaseMismatch: one belongs to another base.
         ConflictError: its name or, unless allowed, its range belongs to another concept.
         ConfigError: its range has no slot number.
+        On any error none is registered.
     """
+    for concept in concepts:  # before the file is locked, since hashing a base can take long
+        compare(concept.meta.fingerprint, base.fingerprint)
+    with library.together() as joined:
+        return [_register(path, concept, base, joined, allow_overlap) for concept in concepts]
+
+
+def _register(
+    path: Path, concept: Concept, base: Base, library: Library, allow_overlap: bool
+) -> Entry:
     meta = concept.meta
-    compare(meta.fingerprint, base.fingerprint)
     if meta.slot is None:
         raise ConfigError(f"{path} has no slot", "train it again with --slot")
     known = _entry(library, base, meta.variant, meta.name)

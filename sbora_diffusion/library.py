@@ -6,8 +6,8 @@ so that two trainings that start at the same moment never get the same indices.
 
 import os
 import sqlite3
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,8 +185,28 @@ class Library:
             )
         return entry
 
+    @contextmanager
+    def together(self) -> Iterator["Library"]:
+        """This library, for changes that are made all at once, or none of them on an exception.
+
+        Until the end other threads and processes wait to use the file.
+        """
+        with self._transaction() as database:
+            yield _Joined(self.path, database)
+
     def _transaction(self) -> AbstractContextManager[sqlite3.Connection]:
         return transaction(self.path)
+
+
+class _Joined(Library):
+    """A library whose changes belong to a transaction that is under way."""
+
+    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
+        super().__init__(path)
+        self._database = database
+
+    def _transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        return nullcontext(self._database)
 
 
 def default_path() -> Path:

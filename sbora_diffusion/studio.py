@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from sbora_diffusion.cards import Card, find_cards, read_card
 from sbora_diffusion.core.errors import ConfigError
+from sbora_diffusion.diffusion.prompts import tokens_in
 from sbora_diffusion.library import Library
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import: only once they are needed
+    from sbora_diffusion.core.concept import Concept
     from sbora_diffusion.diffusion.pipeline import ConceptPipeline
 
 EXAMPLES = Path(__file__).parent / "pocket" / "examples"
@@ -87,7 +89,7 @@ class Studio:
         with self._lock:
             self._raise_if_stopped(stop)
             pipeline = self._loaded()
-            weighted = [(read_card(card.path)[0], request.concepts[card.key]) for card in cards]
+            weighted = [(_concept(card), request.concepts[card.key]) for card in cards]
             rounded = _attach(pipeline, weighted)
 
             def report(done: int, total: int) -> None:
@@ -107,7 +109,8 @@ class Studio:
             warnings = rounded + _prompt_warnings(pipeline, request.prompt, weighted)
         warnings += _switched_off(self.cards()[0], request)
         seeds = [request.seed + k for k in range(request.num)]
-        return Outcome(files, seeds, command_line(request, cards), warnings)
+        command = command_line(request, cards, self.library.path)
+        return Outcome(files, seeds, command, warnings)
 
     @staticmethod
     def _raise_if_stopped(stop: threading.Event) -> None:
@@ -156,11 +159,14 @@ class Studio:
         return files
 
 
-def command_line(request: Request, cards: list[Card]) -> str:
+def command_line(request: Request, cards: list[Card], library: Path) -> str:
     """The `sbora generate` that draws the same pictures."""
     words = ["sbora", "generate", request.prompt]
     for card in cards:
-        words += ["--concept", f"{card.path}:{request.concepts[card.key]:g}"]
+        source = card.name if card.in_set else card.path
+        words += ["--concept", f"{source}:{request.concepts[card.key]:g}"]
+    if any(card.in_set for card in cards):
+        words += ["--library", str(library)]
     words += ["--seed", str(request.seed), "--num", str(request.num)]
     if request.steps != DEFAULT_STEPS:
         words += ["--steps", str(request.steps)]
@@ -171,31 +177,14 @@ def command_line(request: Request, cards: list[Card]) -> str:
     return shlex.join([*words, "-o", "picture.png"])
 
 
+def _concept(card: Card) -> "Concept":
+    return read_card(card.path, card.name if card.in_set else None)[0]
+
+
 def _attach(pipeline: "ConceptPipeline", weighted: list) -> list[str]:
-    """Make these concepts, in this order, the attached ones; returns warnings.
-
-    The order of attaching is the order of summing, so a set that differs is built anew.
-    """
-    wanted = [concept for concept, _ in weighted]
-    rounded = []
-    if list(pipeline.concepts.values()) != wanted:
-        _detach_all(pipeline)
-        try:
-            for concept in wanted:
-                pipeline.add(concept)
-        except BaseException:
-            _detach_all(pipeline)
-            raise
-    for concept, weight in weighted:
-        pipeline.set_weight(concept.meta.name, weight)
-        if concept.meta.rounded_base:
-            rounded.append(f"{concept.meta.name} was trained on a rounded copy of the base.")
-    return rounded
-
-
-def _detach_all(pipeline: "ConceptPipeline") -> None:
-    for name in list(pipeline.concepts):
-        pipeline.remove(name)
+    """Make these concepts the attached ones; returns warnings."""
+    rounded = pipeline.switch(weighted)
+    return [f"{name} was trained on a rounded copy of the base." for name in rounded]
 
 
 def _prompt_warnings(pipeline: "ConceptPipeline", prompt: str, weighted: list) -> list[str]:
@@ -214,10 +203,11 @@ def _prompt_warnings(pipeline: "ConceptPipeline", prompt: str, weighted: list) -
 
 
 def _switched_off(cards: list[Card], request: Request) -> list[str]:
+    mentioned = tokens_in(request.prompt)
     return [
         f"The prompt mentions {card.token}, but {card.key} is off; switch it on to see it."
         for card in cards
-        if card.token and card.token in request.prompt and card.key not in request.concepts
+        if card.token in mentioned and card.key not in request.concepts
     ]
 
 

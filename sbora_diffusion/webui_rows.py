@@ -46,7 +46,8 @@ SELECT_JS = """(on, weight, selection) => {{
   return next;
 }}"""
 INSERT_JS = """(prompt) => [
-  (prompt || "").includes({token}) ? prompt : ((prompt || "").trimEnd() + " " + {token}).trim(),
+  (prompt || "").toLowerCase().includes({token})
+    ? prompt : ((prompt || "").trimEnd() + " " + {token}).trim(),
   true]"""
 
 

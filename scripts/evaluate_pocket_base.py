@@ -71,7 +71,7 @@ class Evaluator:
         )  # fmt: skip
         figures, judged = judge_base(self.world, drawer, self.judges.clip, args.number, self.say)
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        base_sheet(judged).save(args.sheet, quality=85)
+        base_sheet(judged).save(args.sheet, quality=75)
         return figures
 
     def speed(self) -> dict:

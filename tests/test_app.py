@@ -18,7 +18,9 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from sbora_diffusion.core.concept import read_concept, write_concept
-from sbora_diffusion.core.errors import ConfigError, ResourceError
+from sbora_diffusion.core.concept_set import read_concept_set, write_concept_set
+from sbora_diffusion.core.errors import ConfigError, ConflictError, ResourceError
+from sbora_diffusion.jobs import add_to_library
 from sbora_diffusion.library import Library
 from sbora_diffusion.studio import Request, Stopped, Studio
 from sbora_diffusion.webui import main
@@ -182,6 +184,74 @@ def test_a_prompt_with_the_token_of_a_concept_that_is_off_warns(served):
     outcome = studio.draw(asked, lambda done, total: None, threading.Event())
     assert [line for line in outcome.warnings if "plushbear is off" in line] == outcome.warnings
     assert outcome.warnings
+
+
+def test_a_token_of_a_concept_that_is_off_is_found_in_whatever_case(served):
+    studio = Studio(served.library.path, served.examples)
+
+    def warnings(prompt, concepts):
+        asked = Request(prompt, concepts, seed=3, steps=1)
+        return studio.draw(asked, lambda done, total: None, threading.Event()).warnings
+
+    (warning,) = warnings("a photo of <PlushBear>", {})
+    assert "plushbear is off" in warning
+    assert warnings("a photo of <PlushBear>", {"plushbear": 1.0}) == []
+    assert warnings("a photo of <plushbear2>", {}) == []  # another token, though it looks alike
+
+
+def test_what_stays_chosen_stays_attached_and_what_goes_leaves_no_trace(served):
+    studio = Studio(served.library.path, served.examples)
+
+    def attached(concepts):
+        studio.draw(Request("a photo", concepts, seed=3, steps=1), lambda *_: None, event)
+        return dict(studio.load().concepts)
+
+    event = threading.Event()
+    both = attached(BOTH)
+    assert attached({"baseballcap": 0.5}) == {"baseballcap": both["baseballcap"]}
+    assert attached({}) == {}
+    with pytest.raises(ConflictError, match="share"):
+        attached({"plushbear": 1.0, "twin": 1.0})
+    assert attached(BOTH) == both
+
+
+@pytest.fixture(scope="module")
+def concept_set(tiny_concepts, tmp_path_factory):
+    """Both concepts in one file, with a picture of one of them."""
+    folder = tmp_path_factory.mktemp("set")
+    concepts = [(read_concept(file), 0.5) for file in tiny_concepts.values()]
+    write_concept_set(folder / "both.safetensors", concepts)
+    Image.new("RGB", (8, 8)).save(folder / "plushbear.png")
+    return folder / "both.safetensors"
+
+
+def test_each_concept_of_a_set_in_the_library_can_be_chosen_by_itself(
+    served, concept_set, pocket, tmp_path
+):
+    library = Library(tmp_path / "my library.sqlite3")
+    members = [concept for concept, _ in read_concept_set(concept_set).concepts]
+    add_to_library(concept_set, members, pocket, library)
+    studio, alone = Studio(library.path, tmp_path), Studio(served.library.path, served.examples)
+    cards, problems = studio.cards()
+    assert problems == [] and sorted(card.key for card in cards) == sorted(BOTH)
+    assert {card.name: card.thumbnail for card in cards} == {
+        "baseballcap": None, "plushbear": concept_set.parent / "plushbear.png",
+    }  # fmt: skip
+    asked = Request("a photo of <plushbear>", {"plushbear": 0.75}, seed=3, steps=1)
+    drawn = [s.draw(asked, lambda *_: None, threading.Event()) for s in (studio, alone)]
+    assert [outcome.warnings for outcome in drawn] == [[], []]
+    pixels = [np.asarray(Image.open(outcome.files[0])) for outcome in drawn]
+    assert np.array_equal(*pixels)
+    # The file would call both concepts: the command names the one, and who knows it.
+    assert f"--concept plushbear:0.75 --library '{library.path}'" in drawn[0].command
+    assert "--library" not in drawn[1].command
+
+
+def test_a_set_among_the_examples_says_how_to_use_it(concept_set, tmp_path):
+    cards, problems = Studio(tmp_path / "none.sqlite3", concept_set.parent).cards()
+    assert cards == []
+    (problem,) = problems
+    assert f"{concept_set} holds several concepts" in problem and "sbora library add" in problem
 
 
 def test_a_stopped_request_ends_at_the_next_step(served):

@@ -5,13 +5,15 @@ import pytest
 from PIL import Image
 
 from sbora_diffusion.core.concept import read_concept, write_concept
-from sbora_diffusion.core.concept_set import write_concept_set
+from sbora_diffusion.core.concept_set import read_concept_set, write_concept_set
 from sbora_diffusion.core.errors import ResourceError
 from sbora_diffusion.core.renaming import renamed
 from sbora_diffusion.diffusion import bases
+from sbora_diffusion.library import Library
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 from tests.test_cli import refused
 
+NAMES = ("fox", "owl", "ray")
 QUICK = ("-s", 'prompts=["a {}"]', "-s", "steps=1")
 
 
@@ -142,6 +144,19 @@ def test_a_set_is_inspected_and_registered_as_the_concepts_in_it(sbora, files, t
     status, out, err = sbora("library", "show", "owl", "--plot", "owl.png")
     assert status == 0 and err == "" and "8 columns" in out
     assert sbora("check", "pair.safetensors", "--no-crosstalk")[0] == 0
+
+
+def test_a_set_is_registered_as_a_whole_or_not_at_all(sbora, files, pocket):
+    write_concept_set("trio.safetensors", [(read_concept(files[n]), 1.0) for n in NAMES])
+    last = read_concept_set("trio.safetensors").concepts[-1][0].meta
+    library = Library()
+    library.reserve(pocket.key, last.variant, last.name, 8, last.widths, slot=5)
+    before = library.concepts()
+    assert refused(sbora("library", "add", "trio.safetensors"), f"has another '{last.name}'")
+    assert library.concepts() == before != []
+    library.remove(last.name)
+    assert sbora("library", "add", "trio.safetensors")[0] == 0
+    assert {entry.name for entry in library.concepts()} == set(NAMES)
 
 
 def test_the_library_says_its_price_and_draws_itself(sbora, files):

@@ -261,6 +261,34 @@ def test_a_library_of_an_older_version_gets_the_table_that_it_lacks(library):
     assert library.reserve(BASE, "fa", "cat", 8, wide(160)).slot == 1
 
 
+def test_changes_together_are_all_made_or_none_of_them(library):
+    library.reserve(BASE, "fa", "dog", 8, wide(160))
+    before = library.concepts()
+
+    def change(joined: Library) -> None:
+        joined.remove("dog")
+        assert joined.reserve(BASE, "fa", "cat", 8, wide(160)).slot == 0
+        joined.record(BASE, "fa", "cat", "cat.safetensors", "d" * 64, "<cat>")
+        assert [entry.token for entry in joined.concepts()] == ["<cat>"]
+
+    with pytest.raises(CapacityError), library.together() as joined:
+        change(joined)
+        joined.reserve(BASE, "fa", "whale", 1000, wide(160))
+    assert library.concepts() == before
+    with library.together() as joined:
+        change(joined)
+    assert [entry.name for entry in library.concepts()] == ["cat"]
+
+
+def test_others_wait_for_changes_made_together(library, monkeypatch):
+    monkeypatch.setattr("sbora_diffusion.library_file.BUSY_SECONDS", 0.05)
+    with library.together() as joined:
+        joined.reserve(BASE, "fa", "dog", 8, wide(160))
+        with pytest.raises(ResourceError, match="locked"):
+            library.reserve(BASE, "fa", "cat", 8, wide(160))
+    assert library.reserve(BASE, "fa", "cat", 8, wide(160)).slot == 1
+
+
 def test_default_path_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SBORA_LIBRARY", raising=False)
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)

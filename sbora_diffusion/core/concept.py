@@ -25,6 +25,7 @@ from sbora_diffusion.core.schema import (
     ConceptMeta,
     LayerFactor,
     TokenMeta,
+    refuse_extras,
     validate_concept,
 )
 from sbora_diffusion.core.storage import (
@@ -48,6 +49,7 @@ __all__ = [
     "encode_concept",
     "public_base_name",
     "read_concept",
+    "refuse_extras",
     "sealed",
     "validate_concept",
     "write_concept",

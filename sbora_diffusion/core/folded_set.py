@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.core.concept import Concept, refuse_extras
 from sbora_diffusion.core.errors import (
     BaseMismatch,
     ConfigError,
@@ -63,6 +63,7 @@ class FoldedSet:
 
         Raises:
             ConfigError: a weight λ is not finite.
+            FormatError: a concept stores more than updates of weights.
         """
         wanted = sorted(concepts, key=lambda pair: pair[0].meta.digest)
         updates = {concept.meta.digest: self._updates_of(concept, w) for concept, w in wanted}
@@ -125,7 +126,12 @@ class FoldedSet:
 
 
 def concept_updates(concept: Concept, weight: float) -> dict[str, Update]:
-    """A concept's share of each of its layers, with scale λ·alpha/rank."""
+    """A concept's share of each of its layers, with scale λ·alpha/rank.
+
+    Raises:
+        FormatError: it stores more than updates of weights.
+    """
+    refuse_extras(concept)
     meta = concept.meta
     scale = scaling(meta.alpha, meta.rank, weight)
     return {

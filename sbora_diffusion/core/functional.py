@@ -12,14 +12,25 @@ FA keeps r columns of the layer's input for the backward pass and FB keeps the w
 
 Dtypes: y keeps its dtype. The product is taken in the autocast dtype inside autocast, outside in
 the wider of the dtypes of x and factor, and is rounded once to the dtype of y before the sum.
+
+Where the trained columns or rows can live in the weight itself, `folded_linear` does without a
+second path: the frozen layer's two GEMMs and the gradient of the factor are all that is left.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
+
+from sbora_diffusion.core.gradients import (
+    AddProduct,
+    Folded,
+    Project,
+    ScatterAdd,
+    Take,
+    scaled_factor,
+)
 
 Variant = Literal["fa", "fb"]
 
@@ -27,11 +38,6 @@ Variant = Literal["fa", "fb"]
 def scaling(alpha: float, rank: int, weight: float = 1.0) -> float:
     """scale = weight · alpha / rank; the one place that fixes the order of the two roundings."""
     return weight * (alpha / rank)
-
-
-def scaled_factor(factor: Tensor, scale: float) -> Tensor:
-    """scale · factor in at least fp32: the non-zero columns (FA, B) or rows (FB, A) of ΔW."""
-    return factor.to(torch.promote_types(factor.dtype, torch.float32)) * scale
 
 
 def sbora_fa(
@@ -58,8 +64,8 @@ def sbora_fa(
     Returns:
         (..., out) in the dtype of y.
     """
-    columns = _dropped(_Gather.apply(x, indices), dropout, generator)
-    return y + _product(columns, factor, scale, y.dtype)
+    _, columns = branch("fa", x, factor, indices, scale, dropout, generator)
+    return join("fa", y, columns, factor, indices, scale)
 
 
 def sbora_fb(
@@ -84,12 +90,74 @@ def sbora_fb(
     Returns:
         (..., out) in the dtype of y.
     """
-    rows = _product(_dropped(x, dropout, generator), factor, scale, y.dtype)
-    return _ScatterAdd.apply(y, rows, indices)
+    _, rows = branch("fb", x, factor, indices, scale, dropout, generator)
+    return join("fb", y, rows, factor, indices, scale)
 
 
 SBORA = {"fa": sbora_fa, "fb": sbora_fb}
 """Variant to map."""
+
+
+def branch(
+    variant: Variant,
+    x: Tensor,
+    factor: Tensor,
+    indices: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The part of the second path before the base layer; `join` is the part after it.
+
+    Arguments as for `sbora_fa` and `sbora_fb`. A base layer that reads the returned x saves the
+    backward pass an addition of two gradients of its size.
+
+    Returns:
+        x itself, and what goes to `join`, (..., r): the gathered columns or the products.
+    """
+    if variant == "fa":
+        through, columns = Take.apply(x, indices)
+        return through, _dropped(columns, dropout, generator)
+    dropped = _dropped(x, dropout, generator)
+    through, rows = Project.apply(dropped, factor, scale, _compute_dtype(x, factor))
+    # Autograd would ask the base layer for the gradient of an x that needs none.
+    return through if dropped is x and x.requires_grad else x, rows
+
+
+def join(
+    variant: Variant, y: Tensor, part: Tensor, factor: Tensor, indices: Tensor, scale: float
+) -> Tensor:
+    """y with the second path added, (..., out), out of place: y may be kept by a hook."""
+    if variant == "fa":
+        return AddProduct.apply(y, part, factor, scale, _compute_dtype(part, factor))
+    return ScatterAdd.apply(y, part.to(y.dtype), indices)
+
+
+def folded_linear(
+    variant: Variant,
+    x: Tensor,
+    factor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    scale: float,
+) -> Tensor:
+    """x weight^T + bias, one GEMM, for a weight whose columns or rows I hold W0 + scale · factor.
+
+    The factor takes no part in the forward pass and gets its gradient, scale · dy^T x[..., I] (FA)
+    or scale · dy[..., I]^T x (FB), from the backward pass. Weight and bias get none.
+
+    Args:
+        x: (..., in).
+        factor: B (out, r) or A (r, in), already folded into the weight.
+        weight: (out, in); must not change between forward and backward pass.
+        indices: I, (r,), distinct, int32 or int64.
+
+    Returns:
+        (..., out), the bytes that the merged model gives.
+    """
+    dim = 1 if variant == "fa" else 0
+    return Folded.apply(x, factor, weight, bias, indices, scale, dim)
 
 
 def delta_weight(
@@ -105,10 +173,6 @@ def one_hot(indices: Tensor, width: int) -> Tensor:
     return F.one_hot(indices.long(), width)
 
 
-def _product(x: Tensor, factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return _FactorLinear.apply(x, factor, scale, _compute_dtype(x, factor)).to(dtype)
-
-
 def _compute_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
     widest = torch.promote_types(x.dtype, factor.dtype)
     if torch.is_autocast_enabled(x.device.type) and widest != torch.float64:
@@ -121,68 +185,3 @@ def _dropped(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
         return x
     keep = torch.empty_like(x, requires_grad=False).bernoulli_(1.0 - p, generator=generator)
     return x * (keep / (1.0 - p))
-
-
-class _Gather(Function):
-    """x[..., I]; saves the indices alone."""
-
-    @staticmethod
-    def forward(x: Tensor, indices: Tensor) -> Tensor:
-        return x.index_select(-1, indices)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        x, indices = inputs
-        ctx.width = x.shape[-1]
-        ctx.save_for_backward(indices)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        dx = grad.new_zeros((*grad.shape[:-1], ctx.width))
-        return dx.index_add(-1, indices, grad), None
-
-
-class _ScatterAdd(Function):
-    """y with rows added at the last-dimension indices I; saves the indices alone."""
-
-    @staticmethod
-    def forward(y: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
-        return y.index_add(-1, indices, rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        return grad, grad.index_select(-1, indices), None
-
-
-class _FactorLinear(Function):
-    """scale · x factor^T in one dtype; saves x and the factor as they came, no cast copies."""
-
-    @staticmethod
-    def forward(x: Tensor, factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        return F.linear(x.to(dtype), scaled_factor(factor, scale).to(dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, factor, ctx.scale, ctx.dtype = inputs
-        ctx.save_for_backward(x, factor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, factor = ctx.saved_tensors
-        dx = dfactor = None
-        if ctx.needs_input_grad[0]:
-            dx = (grad @ scaled_factor(factor, ctx.scale).to(ctx.dtype)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            product = _rows(grad).T @ _rows(x).to(ctx.dtype)
-            dfactor = scaled_factor(product, ctx.scale).to(factor.dtype)
-        return dx, dfactor, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])

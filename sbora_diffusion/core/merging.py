@@ -134,6 +134,25 @@ def refold(weight: Tensor, originals: Originals, updates: Sequence[Update]) -> O
     return change.originals
 
 
+@torch.no_grad()
+def rewrite(folds: Sequence[tuple[Tensor, Originals]]) -> None:
+    """Write single updates again whose factor or scale changed: the bytes of `fold`, unchecked.
+
+    Args:
+        folds: weights, and what is folded into each: one update.
+    """
+    if not folds:
+        return
+    updates = [next(iter(originals.updates.values())) for _, originals in folds]
+    wide = [u.factor.to(torch.promote_types(u.factor.dtype, torch.float32)) for u in updates]
+    # On a GPU a list operation is a few kernels for all layers.
+    totals = torch._foreach_mul(wide, [update.scale for update in updates])
+    torch._foreach_add_(totals, 0.0)  # `fold` sums from zero, which makes a −0 a +0
+    for (weight, originals), update, total in zip(folds, updates, totals, strict=True):
+        folded = originals.blocks[update.key] + total
+        weight.index_copy_(update.dim, update.index(weight.device), folded.to(weight.dtype))
+
+
 def _ordered(updates: Sequence[Update]) -> list[Update]:
     ordered = sorted(updates, key=lambda update: update.key)
     for a, b in pairwise(ordered):

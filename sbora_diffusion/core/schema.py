@@ -93,7 +93,8 @@ class LayerFactor:
     Attributes:
         indices: int32, shape (rank,), ascending: the columns (FA) or rows (FB) that are owned.
         factor: trained, fp32, fp16 or bf16: B of shape (out, rank) for FA, A of (rank, in) for FB.
-        extras: further tensors of a recipe, see `EXTRAS`.
+        extras: further tensors of a recipe, see `EXTRAS`; files may carry them, but nothing applies
+            them yet, see `refuse_extras`.
     """
 
     indices: torch.Tensor
@@ -138,6 +139,22 @@ def validate_concept(concept: Concept) -> None:
     for layer in sorted(concept.layers):
         _check_layer(layer, concept.layers[layer], meta)
     _check_embeddings(concept)
+
+
+def refuse_extras(concept: Concept) -> None:
+    """Called by all that applies or measures a concept, since ignoring a part would be silent.
+
+    Raises:
+        FormatError: a layer stores more than indices and factor.
+    """
+    layers = concept.layers.items()
+    found = sorted(f"{layer}.{name}" for layer, stored in layers for name in stored.extras)
+    if found:
+        raise FormatError(
+            f"concept {concept.meta.name!r} stores {len(found)} tensors that this version cannot "
+            f"apply, first {found[0]!r}",
+            "update sbora-diffusion, or train the concept again",
+        )
 
 
 def _same_names(what: str, found: Mapping[str, object], layers: Mapping[str, object]) -> None:

@@ -73,7 +73,8 @@ def measure_crosstalk(
         on_step: called with (concepts' steps done, steps in all).
 
     Raises:
-        BaseMismatch, ConflictError, FormatError: a concept does not fit the base.
+        BaseMismatch, ConflictError, FormatError: a concept does not fit the base, or its file holds
+            more than can be applied.
         NonFiniteError: the latents became NaN or infinite.
     """
     for concept, _ in concepts:

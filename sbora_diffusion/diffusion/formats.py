@@ -37,6 +37,7 @@ def write_lora(
     Raises:
         BaseMismatch, ConflictError: the concepts cannot live in one model, or the folder exists and
             is not empty.
+        FormatError: see `refuse_extras`.
         NonFiniteError: a number does not fit into `dtype`.
         ResourceError: the folder cannot be written.
     """

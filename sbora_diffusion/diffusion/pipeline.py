@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from sbora_diffusion.core.concept import Concept, check_mergeable
+from sbora_diffusion.core.concept import Concept, check_mergeable, refuse_extras
 from sbora_diffusion.core.errors import ConfigError, ConflictError, NonFiniteError, SboraError
 from sbora_diffusion.core.fingerprint import compare
 from sbora_diffusion.core.folded_set import Weighted
@@ -60,8 +60,10 @@ class ConceptPipeline:
         Raises:
             BaseMismatch: it belongs to another base.
             ConflictError: name, token or indices are already in use.
-            FormatError: a factor or an embedding does not fit the base. Nothing was changed.
+            FormatError: a factor or an embedding does not fit the base, or see `refuse_extras`.
+            Nothing was changed.
         """
+        refuse_extras(concept)
         rounded = compare(concept.meta.fingerprint, self.fingerprint) == "rounded"
         check_mergeable([*self.concepts.values(), concept], allow_overlap)
         _refuse_bad_weight(weight)
@@ -93,7 +95,8 @@ class ConceptPipeline:
         wanted = [concept for concept, _ in concepts]
         relations = {c.meta.name: compare(c.meta.fingerprint, self.fingerprint) for c in wanted}
         check_mergeable(wanted, allow_overlap)
-        for _, weight in concepts:
+        for concept, weight in concepts:
+            refuse_extras(concept)
             _refuse_bad_weight(weight)
         for name in [n for n, concept in self.concepts.items() if concept not in wanted]:
             self.remove(name)

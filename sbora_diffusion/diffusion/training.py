@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sbora_diffusion.core.allocation import check_capacity
 from sbora_diffusion.core.concept import Concept, ConceptMeta, TokenMeta, sealed
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
+from sbora_diffusion.core.tuner.folded_training import folded_training
 from sbora_diffusion.diffusion.adapters import adapter_name, eject, inject, trained_layers
 from sbora_diffusion.diffusion.bases import DTYPES, Base
 from sbora_diffusion.diffusion.concepts import Subject
@@ -109,9 +110,16 @@ class ConceptTraining:
     def steps(self) -> Iterator[StepRecord]:
         """Train; one record after each optimizer step.
 
+        Where nothing stands in the way (`self.folded.obstacles` says what), the trained columns or
+        rows live in the base's weights until the steps end, however they end.
+
         Raises:
             NonFiniteError: the loss became NaN or infinite.
         """
+        with folded_training(self.adapted, adapter_name(self.subject.settings.name)) as self.folded:
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[StepRecord]:
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(config.seed)  # dropout draws from the global generator
         generator = torch.Generator().manual_seed(config.seed)
@@ -142,6 +150,7 @@ class ConceptTraining:
                         accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
                     optimizer.step()
                     optimizer.zero_grad()
+            self.folded.write_back()
             rate = schedule.get_last_lr()[0] / groups[0]["initial_lr"]
             schedule.step()
             self._train_mode(False)

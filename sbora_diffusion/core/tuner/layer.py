@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from sbora_diffusion.core.allocation import indices_for
 from sbora_diffusion.core.errors import ConfigError
-from sbora_diffusion.core.functional import SBORA, delta_weight, scaling
+from sbora_diffusion.core.functional import (
+    SBORA,
+    Variant,
+    branch,
+    delta_weight,
+    join,
+    scaling,
+)
 from sbora_diffusion.core.merging import Originals, fold, refold
 from sbora_diffusion.core.tuner.config import SboraConfig
 from sbora_diffusion.core.updates import Update
@@ -22,8 +29,26 @@ Gate = Callable[[str, Tensor], Tensor | bool]
 nothing, or a share per token that broadcasts against the layer's output."""
 
 
+class Form(Protocol):
+    """A layer's other form while one adapter trains alone."""
+
+    adapter: str
+
+    def settle(self) -> bool:
+        """Bring the weight up to date; whether the form holds now."""
+
+    def output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output where the form holds."""
+
+    def restore(self) -> None:
+        """Give the base's bytes back."""
+
+
 class SboraLinear(nn.Module, BaseTunerLayer):
     """y = base(x) + Σ over the active adapters of scale · ΔW x, or one folded weight.
+
+    While one adapter trains alone, it can live in the weight too (`core.tuner.folded`): the same
+    gradients at the cost of the frozen layer.
 
     Adapters only add to the base layer's output, so a quantized base works too. The factor is kept
     in fp32 whatever the base's dtype: folding then rounds once. Folding several adapters gives the
@@ -37,6 +62,7 @@ class SboraLinear(nn.Module, BaseTunerLayer):
         layer_name: canonical name, from which the indices are drawn.
 
     Attributes:
+        form: set by `core.tuner.folded`.
         gate: set from outside while updates are confined to some tokens; folded adapters ignore it.
 
     Raises:
@@ -45,6 +71,7 @@ class SboraLinear(nn.Module, BaseTunerLayer):
     """
 
     gate: Gate | None = None
+    form: Form | None = None
     adapter_layer_names = ("sbora_factor",)
     other_param_names = ("sbora_indices", "r", "configs", "weights", "layer_scales")
 
@@ -68,7 +95,7 @@ class SboraLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SboraConfig, layer_name: str) -> None:
         """Add an adapter with a zero factor; the output does not change."""
-        base = self._linear()
+        base = self.linear()
         device = base.weight.device
         shape = [base.out_features, base.in_features]
         dim = 1 if config.variant == "fa" else 0
@@ -85,28 +112,58 @@ class SboraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.form is not None and self.form.settle():
+            return self.form.output(x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        live = [] if self.disable_adapters else self._live()
+        if self.gate is not None:
+            y = self.base_layer(x, *args, **kwargs)
+            for name in live:
+                y = self._gated(self.gate, name, y, x)
             return y
-        for name in self.active_adapters:
-            if name in self.configs and name not in self._folded:
-                y = self._add(name, y, x) if self.gate is None else self._gated(name, y, x)
+        parts = []
+        for name in live:
+            x, part = branch(self._variant(name), x, *self._term(name), self._dropout(name))
+            parts.append(part)
+        y = self.base_layer(x, *args, **kwargs)
+        for name, part in zip(live, parts, strict=True):
+            y = join(self._variant(name), y, part, *self._term(name))
         return y
 
-    def _gated(self, name: str, y: Tensor, x: Tensor) -> Tensor:
-        assert self.gate is not None
-        share = self.gate(name, x)
+    def _gated(self, gate: Gate, name: str, y: Tensor, x: Tensor) -> Tensor:
+        share = gate(name, x)
         if isinstance(share, bool):
             return self._add(name, y, x) if share else y
         return y + share * self._add(name, torch.zeros_like(y), x)
 
     def _add(self, name: str, y: Tensor, x: Tensor) -> Tensor:
-        config = self.configs[name]
-        factor, indices = self.sbora_factor[name], self.sbora_indices[name]
-        dropout = config.dropout if self.training else 0.0
-        return SBORA[config.variant](y, x, factor, indices, self.scale(name), dropout)
+        return SBORA[self._variant(name)](y, x, *self._term(name), self._dropout(name))
+
+    def _live(self) -> list[str]:
+        """The active adapters that are not folded."""
+        return [name for name in self._present() if name not in self._folded]
+
+    def _variant(self, name: str) -> Variant:
+        return self.configs[name].variant
+
+    def _term(self, name: str) -> tuple[Tensor, Tensor, float]:
+        return self.sbora_factor[name], self.sbora_indices[name], self.scale(name)
+
+    def _dropout(self, name: str) -> float:
+        return self.configs[name].dropout if self.training else 0.0
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; a form of training gives the weight back meanwhile."""
+        super().enable_adapters(enabled)
+        if self.form is not None:
+            self.form.settle()
+
+    def leave_form(self) -> None:
+        """Give the base's bytes back, if a form of training holds the weight."""
+        if self.form is not None:
+            self.form.restore()
+            self.form = None
 
     def scale(self, adapter: str) -> float:
         """weight · alpha / r with everything that `set_scale` and `scale_layer` asked for."""
@@ -155,6 +212,7 @@ class SboraLinear(nn.Module, BaseTunerLayer):
             NonFiniteError: names the adapter; the weight is unchanged.
             FormatError: the base is quantized; fold into its unquantized original.
         """
+        self.leave_form()
         names = check_adapters_to_merge(self, adapter_names)
         new = {name: self._update(name) for name in names if name in self.configs}
         if new:
@@ -171,13 +229,24 @@ class SboraLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it is folded, the others are folded again without it."""
+        if self.form is not None and self.form.adapter == adapter_name:
+            self.leave_form()
         if adapter_name in self._folded:
             self._fold({n: u for n, u in self._folded.items() if n != adapter_name})
         super().delete_adapter(adapter_name)
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the adapters folded into it or with its own bytes."""
+        self.leave_form()
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        return self.get_base_layer()
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW, dense, (out, in), fp32."""
-        config, base = self.configs[adapter], self._linear()
+        config, base = self.configs[adapter], self.linear()
         factor, indices = self.sbora_factor[adapter], self.sbora_indices[adapter]
         shape = (base.out_features, base.in_features)
         return delta_weight(config.variant, factor, indices, shape, self.scale(adapter))
@@ -189,7 +258,8 @@ class SboraLinear(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {c.variant} r={c.r}" for n, c in self.configs.items())
 
-    def _linear(self) -> nn.Linear:
+    def linear(self) -> nn.Linear:
+        """The layer that all adapters stand around."""
         base = self.get_base_layer()
         assert isinstance(base, nn.Linear)
         return base
@@ -204,7 +274,7 @@ class SboraLinear(nn.Module, BaseTunerLayer):
         return Update(key, config.variant, self.sbora_indices[name], factor, self.scale(name))
 
     def _fold(self, updates: dict[str, Update]) -> None:
-        weight, values = self._linear().weight, list(updates.values())
+        weight, values = self.linear().weight, list(updates.values())
         if self._originals is None:
             originals = fold(weight, values)
         else:
