@@ -2,21 +2,26 @@
 
 import dataclasses
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.core.concept import Concept, read_concept
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.core.tuner import SboraLinear
 from sbora_diffusion.diffusion.adapters import adapter_name, gated
-from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
+from sbora_diffusion.diffusion.bases import POCKET
+from sbora_diffusion.diffusion.pipeline import ConceptPipeline, decode, draw_latents
 from sbora_diffusion.diffusion.prompts import with_nouns
 from sbora_diffusion.diffusion.region_attention import RegionGate, region_attention
 from sbora_diffusion.diffusion.region_maps import attention_masks
 from sbora_diffusion.diffusion.regions import Box, Regions
 from sbora_diffusion.diffusion.tokens import word_vectors
+from sbora_diffusion.evaluate import read_pictures
+from sbora_diffusion.evaluation.features import ClipFeatures
+from sbora_diffusion.evaluation.metrics import image_alignment
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 
 WHOLE, LEFT, RIGHT = Box(0, 0, 1, 1), Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)
@@ -94,14 +99,25 @@ def test_silent_concepts_are_the_base_with_class_nouns(live, strong):
     assert (regional(live, HALVES) - base).abs().max() > 0.1
 
 
-def test_a_concept_shows_in_its_region_and_hardly_elsewhere(live, strong):
-    live.switch([(strong["one"], 1.0)])
-    prompt = ["a photo of <one> on grass"]
-    base = ungated(live, "a photo of toy on grass", size=None)
-    for box, inside in ((LEFT, slice(0, 16)), (RIGHT, slice(16, 32))):
-        change = (regional(live, {"one": box}, prompt, size=None) - base).abs().mean((0, 1, 2))
-        outside = change.sum() - change[inside].sum()
-        assert change[inside].sum() > 1.5 * outside
+@pytest.mark.parametrize("swapped", [False, True])
+def test_each_concept_shows_in_its_own_region_in_the_judges_eyes(live, swapped):
+    names = ["trex", "plushbear"][:: -1 if swapped else 1]
+    examples = {n: read_concept(POCKET / "examples" / f"{n}.safetensors") for n in names}
+    live.switch([(concept, 1.0) for concept in examples.values()])
+    prompt = f"a photo of <{names[0]}> next to <{names[1]}> on the beach"
+    boxes = dict(zip(names, (LEFT, RIGHT), strict=True))
+    latents = regional(live, boxes, [prompt], steps=4, size=None)
+    (picture,) = decode(live.base, latents)
+    crops = [picture.crop((side, 32, side + 64, 96)) for side in (0, 64)]
+    seen = ClipFeatures.load().images(crops)
+    for k, name in enumerate(names):
+        likeness = image_alignment(seen, references(name))
+        assert likeness[k] > likeness[1 - k] + 0.1, (name, likeness)
+
+
+def references(name: str) -> torch.Tensor:
+    folder = Path(__file__).parents[2] / "concepts" / name
+    return ClipFeatures.load().images(read_pictures(folder))
 
 
 def test_self_attention_updates_are_each_token_times_its_mask(pair, strong):
