@@ -32,7 +32,9 @@ from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.library import Library, Reservation
 
 if TYPE_CHECKING:
+    from sbora_diffusion.diffusion.bases import Base
     from sbora_diffusion.diffusion.concepts import Subject
+    from sbora_diffusion.diffusion.config import TrainConfig
     from sbora_diffusion.diffusion.training import ConceptTraining
     from sbora_diffusion.jobs import TrainResult
 
@@ -68,8 +70,10 @@ def start(
 
 @app.command()
 def train(
-    folder: Annotated[Path, typer.Argument(help="Folder with concept.toml and pictures")],
-    output: Annotated[Path | None, typer.Option("-o", "--output")] = None,
+    folders: Annotated[list[Path], typer.Argument(help="With concept.toml and pictures each")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A file; for several subjects a folder")
+    ] = None,
     base: BaseOption = None,
     variant: Annotated[str | None, typer.Option(help="fa (columns) or fb (rows)")] = None,
     rank: Annotated[int | None, typer.Option(help="Indices per layer")] = None,
@@ -77,6 +81,10 @@ def train(
     seed: Annotated[int | None, typer.Option()] = None,
     slot: Annotated[int | None, typer.Option(help="By default the next free one")] = None,
     sample_every: Annotated[int, typer.Option(min=0, help="Draw every N steps, 0: never")] = 0,
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="Subjects that train in one batch; 1 on a CPU, else up to 16"),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.fp32,
     library: LibraryOption = None,
@@ -84,43 +92,27 @@ def train(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Learn one subject from the pictures in a folder: writes one concept file."""
+    """Learn subjects from the pictures in their folders: writes a concept file of each."""
     from sbora_diffusion.diffusion.concepts import read_subject
     from sbora_diffusion.diffusion.config import TrainConfig
-    from sbora_diffusion.jobs import train_concept
-    from sbora_diffusion.outputs import check_concept_output
 
     console = Console(as_json)
     flags = {"variant": variant, "rank": rank, "steps": steps, "seed": seed}
     recipe = read_settings(TrainConfig, config, settings, flags)
-    subject = read_subject(folder)
-    output = output or Path(f"{subject.settings.name}.safetensors")
-    check_concept_output(output)
-    model = open_base(base or "pocket", device, dtype)
-
-    with console.progress("training") as bar:
-        result = train_concept(
-            model,
-            subject,
-            recipe,
-            library=Library(library),
-            output=output,
-            slot=slot,
-            on_start=lambda training, range_: console.say(_introduction(training, range_)),
-            on_record=lambda r: bar(r.step, r.steps, f"loss {r.loss:.3f}"),
-            sample_every=sample_every,
-        )
-    for warning in result.warnings:
-        console.warn(warning)
-    console.say(
-        f"{result.path} ({result.path.stat().st_size / 1024:.0f} KiB) in {result.seconds:.0f} s, "
-        f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
-    )
-    console.say(
-        f'next: sbora generate "a photo of {subject.settings.token} on the beach" '
-        f"--concept {result.path}{_base_flag(base)}"
-    )
-    console.result({**_trained(result, subject), "training": recipe.model_dump(mode="json")})
+    subjects = [read_subject(folder) for folder in folders]
+    if len(subjects) > 1 and (slot is not None or sample_every):
+        raise ConfigError("--slot and --sample-every are for one subject", "leave them out")
+    place = _output(output, subjects)
+    model, known = open_base(base or "pocket", device, dtype), Library(library)
+    if len(subjects) > 1:
+        done = _train_many(console, model, subjects, recipe, known, place, at_once)
+    else:
+        done = [_train_one(console, model, subjects[0], recipe, known, place, slot, sample_every)]
+    for result, subject in zip(done, subjects, strict=True):
+        _say_trained(console, result, subject, base)
+    shown = [_trained(result, subject) for result, subject in zip(done, subjects, strict=True)]
+    document = shown[0] if len(shown) == 1 else {"concepts": shown}
+    console.result({**document, "training": recipe.model_dump(mode="json")})
 
 
 @app.command()
@@ -155,6 +147,85 @@ def serve(
             raise
         raise ConfigError("the app needs gradio", "pip install 'sbora-diffusion[ui]'") from error
     webui.main(listen, port, auth, library)
+
+
+def _output(output: Path | None, subjects: list["Subject"]) -> Path:
+    """The concept file of one subject; the folder for those of several."""
+    from sbora_diffusion.outputs import check_concept_output
+
+    if len(subjects) > 1:
+        if output and (output.suffix or output.is_file()):
+            raise ConfigError(f"{output} is no folder for {len(subjects)} concepts", "give -o DIR/")
+        return output or Path()
+    place = output or Path(f"{subjects[0].settings.name}.safetensors")
+    check_concept_output(place)
+    return place
+
+
+def _train_one(
+    console: Console,
+    model: "Base",
+    subject: "Subject",
+    recipe: "TrainConfig",
+    library: Library,
+    output: Path,
+    slot: int | None,
+    sample_every: int,
+) -> "TrainResult":
+    from sbora_diffusion.jobs import train_concept
+
+    with console.progress("training") as bar:
+        return train_concept(
+            model,
+            subject,
+            recipe,
+            library=library,
+            output=output,
+            slot=slot,
+            on_start=lambda training, range_: console.say(_introduction(training, range_)),
+            on_record=lambda r: bar(r.step, r.steps, f"loss {r.loss:.3f}"),
+            sample_every=sample_every,
+        )
+
+
+def _train_many(
+    console: Console,
+    model: "Base",
+    subjects: list["Subject"],
+    recipe: "TrainConfig",
+    library: Library,
+    folder: Path,
+    at_once: int | None,
+) -> list["TrainResult"]:
+    from sbora_diffusion.group_jobs import train_concepts
+
+    what = f"base {model.reference}, SBoRA-{recipe.variant.upper()}, rank {recipe.rank}"
+    with console.progress("training") as bar:
+        return train_concepts(
+            model,
+            subjects,
+            recipe,
+            library=library,
+            folder=folder,
+            at_once=at_once,
+            on_start=lambda size: console.say(f"{len(subjects)} subjects, {size} at once, {what}"),
+            on_step=lambda done, total, loss: bar(done, total, f"loss {loss:.3f}"),
+        )
+
+
+def _say_trained(
+    console: Console, result: "TrainResult", subject: "Subject", base: str | None
+) -> None:
+    for warning in result.warnings:
+        console.warn(warning)
+    console.say(
+        f"{result.path} ({result.path.stat().st_size / 1024:.0f} KiB) in {result.seconds:.0f} s, "
+        f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
+    )
+    console.say(
+        f'next: sbora generate "a photo of {subject.settings.token} on the beach" '
+        f"--concept {result.path}{_base_flag(base)}"
+    )
 
 
 def _introduction(training: "ConceptTraining", range_: Reservation) -> str:

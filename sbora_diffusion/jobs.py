@@ -1,8 +1,7 @@
 """What the command line and the app share: train into the library, load concepts, add a file."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,16 @@ from sbora_diffusion.core.fingerprint import compare
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.lesson import layer_width
 from sbora_diffusion.diffusion.pipeline import draw
 from sbora_diffusion.diffusion.targets import target_layers
-from sbora_diffusion.diffusion.training import ConceptTraining, StepRecord, layer_width
+from sbora_diffusion.diffusion.training import ConceptTraining
+from sbora_diffusion.diffusion.training_loop import StepRecord
 from sbora_diffusion.library import Entry, Library, Reservation
 from sbora_diffusion.lookup import load_concepts
 from sbora_diffusion.outputs import check_concept_output, make_parent
 from sbora_diffusion.pictures import save_png
+from sbora_diffusion.reservations import entry_of, reserved
 
 __all__ = [
     "Samples",
@@ -101,7 +103,9 @@ def train_concept(
         sample_dir or output.with_name(f"{output.stem}.samples"),
         config.seed,
     )
-    with _reserved(base, subject, config, library, slot) as reservation:
+    name, widths = subject.settings.name, index_widths(base, config)
+    with reserved(library, base.key, config.variant, [name], config.rank, widths, slot) as held:
+        reservation = held.ranges[name]
         training = ConceptTraining(base, subject, config, reservation.start)
         try:
             if on_start:
@@ -112,18 +116,18 @@ def train_concept(
         finally:
             training.close()
         if reservation.registered:
-            name = subject.settings.name
             library.record(base.key, config.variant, name, output, digest, token)
+    return train_result(output, digest, reservation, losses, time.monotonic() - began)
+
+
+def train_result(
+    path: Path, digest: str, reservation: Reservation, losses: Sequence[float], seconds: float
+) -> TrainResult:
+    """What a training with these losses gave."""
     tenth = max(1, len(losses) // 10)
-    return TrainResult(
-        path=output,
-        digest=digest,
-        reservation=reservation,
-        warnings=_slot_warnings(reservation),
-        seconds=time.monotonic() - began,
-        loss_first=sum(losses[:tenth]) / tenth,
-        loss_last=sum(losses[-tenth:]) / tenth,
-    )
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    warnings = _slot_warnings(reservation)
+    return TrainResult(path, digest, reservation, warnings, seconds, first, last)
 
 
 def index_widths(base: Base, config: TrainConfig) -> dict[str, int]:
@@ -162,7 +166,7 @@ def _register(
     meta = concept.meta
     if meta.slot is None:
         raise ConfigError(f"{path} has no slot", "train it again with --slot")
-    known = _entry(library, base, meta.variant, meta.name)
+    known = entry_of(library, base.key, meta.variant, meta.name)
     if known and (known.start, known.stop) != (meta.start, meta.stop):
         raise ConflictError(
             f"the library has another {meta.name!r}, of indices {known.start} to {known.stop - 1}",
@@ -179,47 +183,9 @@ def _register(
         )
     token = meta.tokens[0].token if meta.tokens else None
     library.record(base.key, meta.variant, meta.name, path, meta.digest, token)
-    entry = _entry(library, base, meta.variant, meta.name)
+    entry = entry_of(library, base.key, meta.variant, meta.name)
     assert entry
     return entry
-
-
-@contextmanager
-def _reserved(
-    base: Base, subject: Subject, config: TrainConfig, library: Library, slot: int | None
-) -> Iterator[Reservation]:
-    """A range for one training; if that fails the library gets its former state back."""
-    name, widths = subject.settings.name, index_widths(base, config)
-    before = _entry(library, base, config.variant, name)
-    reservation = library.reserve(base.key, config.variant, name, config.rank, widths, slot)
-    try:
-        yield reservation
-    except BaseException:
-        if reservation.registered:
-            _give_back(library, base, config.variant, name, before, widths)
-        raise
-
-
-def _give_back(
-    library: Library,
-    base: Base,
-    variant: str,
-    name: str,
-    before: Entry | None,
-    widths: Mapping[str, int],
-) -> None:
-    after = _entry(library, base, variant, name)
-    if before is None:
-        library.remove(name, base.key, variant)
-    elif after is None or (before.start, before.stop) != (after.start, after.stop):
-        library.reserve(base.key, variant, name, before.rank, widths, before.slot)
-        if before.path and before.digest:
-            library.record(base.key, variant, name, before.path, before.digest, before.token)
-
-
-def _entry(library: Library, base: Base, variant: str, name: str) -> Entry | None:
-    entries = library.concepts(base.key)
-    return next((e for e in entries if (e.variant, e.name) == (variant, name)), None)
 
 
 def _run(

@@ -133,6 +133,25 @@ def test_a_concept_of_another_base_is_refused(sbora, pocket, tiny_concepts, tmp_
     assert is_empty(tmp_path / "here")
 
 
+def test_several_subjects_train_at_once_into_a_folder(sbora, tmp_path):
+    folders = [CONCEPTS / name for name in ("toytrain", "plushbear")]
+    arguments = (*folders, *TINY, "-s", "targets=text-encoder", "--at-once", 2)
+    status, out, err = sbora("train", *arguments, "-o", "new", "--json")
+    assert status == 0 and "2 subjects, 2 at once" in err and err.count("next: sbora") == 2
+    document = json.loads(out)
+    assert [(c["name"], c["slot"]) for c in document["concepts"]] == [
+        ("toytrain", 0),
+        ("plushbear", 1),
+    ]
+    for entry in document["concepts"]:
+        assert read_concept(entry["file"]).meta.digest == entry["digest"]
+    assert document["training"]["steps"] == 1
+    assert refused(sbora("train", *arguments, "--slot", 1), "for one subject")
+    assert refused(sbora("train", *arguments, "-o", "x.safetensors"), "no folder")
+    assert refused(sbora("train", *arguments, "-s", "dropout=0.5"), "--at-once", "dropout")
+    assert refused(sbora("train", folders[0], folders[0], *TINY), "two subjects", "toytrain")
+
+
 def test_training_twice_gives_the_same_bytes_and_keeps_the_slot(sbora, tmp_path):
     status, out, err = sbora("train", CONCEPTS / "plushbear", *TINY, "--json")
     assert status == 0

@@ -6,7 +6,7 @@ from PIL import Image
 
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
-from sbora_diffusion.diffusion import training
+from sbora_diffusion.diffusion import pipeline, training
 from sbora_diffusion.jobs import index_widths, train_concept
 from sbora_diffusion.library import Library
 from sbora_diffusion.lookup import load_concepts
@@ -42,7 +42,7 @@ def test_sample_pictures_do_not_change_what_is_learned(pocket, library, tmp_path
 
     def quick(base, prompts, seeds):
         drawn.append((list(prompts), seeds))
-        return training.draw(base, prompts, seeds, 1)
+        return pipeline.draw(base, prompts, seeds, 1)
 
     monkeypatch.setattr(jobs, "draw", quick)
     plain = learn(pocket, library, tmp_path / "a.safetensors", config=TINY)

@@ -103,8 +103,7 @@ class FoldedSet:
     def _updates_of(self, concept: Concept, weight: float) -> dict[str, Update]:
         if any(concept is known and weight == old for known, old in self.concepts):
             return self._updates[concept.meta.digest]
-        if not math.isfinite(weight):
-            raise ConfigError(f"a concept's weight must be a finite number, got {weight}")
+        refuse_bad_weight(weight)
         return concept_updates(concept, weight)
 
     def _change(self, layer: str, step: Switch) -> Change:
@@ -123,6 +122,12 @@ class FoldedSet:
             for concept, _ in step.concepts:
                 problem = problem.replace(concept.meta.digest, concept.meta.name)
             raise type(error)(problem, error.remedy) from error
+
+
+def refuse_bad_weight(weight: float) -> None:
+    """Raise ConfigError for a weight λ that is no finite number."""
+    if not math.isfinite(weight):
+        raise ConfigError(f"a concept's weight must be a finite number, got {weight}")
 
 
 def concept_updates(concept: Concept, weight: float) -> dict[str, Update]:

@@ -33,6 +33,7 @@ from sbora_diffusion.core.gradients import (
 )
 
 Variant = Literal["fa", "fb"]
+VARIANTS: tuple[Variant, ...] = ("fa", "fb")
 
 
 def scaling(alpha: float, rank: int, weight: float = 1.0) -> float:
@@ -119,7 +120,7 @@ def branch(
         through, columns = Take.apply(x, indices)
         return through, _dropped(columns, dropout, generator)
     dropped = _dropped(x, dropout, generator)
-    through, rows = Project.apply(dropped, factor, scale, _compute_dtype(x, factor))
+    through, rows = Project.apply(dropped, factor, scale, compute_dtype(x, factor))
     # Autograd would ask the base layer for the gradient of an x that needs none.
     return through if dropped is x and x.requires_grad else x, rows
 
@@ -129,7 +130,7 @@ def join(
 ) -> Tensor:
     """y with the second path added, (..., out), out of place: y may be kept by a hook."""
     if variant == "fa":
-        return AddProduct.apply(y, part, factor, scale, _compute_dtype(part, factor))
+        return AddProduct.apply(y, part, factor, scale, compute_dtype(part, factor))
     return ScatterAdd.apply(y, part.to(y.dtype), indices)
 
 
@@ -173,7 +174,8 @@ def one_hot(indices: Tensor, width: int) -> Tensor:
     return F.one_hot(indices.long(), width)
 
 
-def _compute_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+    """The dtype that a product with the trained factor is taken in; see the module's text."""
     widest = torch.promote_types(x.dtype, factor.dtype)
     if torch.is_autocast_enabled(x.device.type) and widest != torch.float64:
         return torch.get_autocast_dtype(x.device.type)

@@ -71,7 +71,7 @@ def inject(
 def inject_concept(pipeline: StableDiffusionPipeline, concept: Concept, weight: float) -> None:
     """Add a trained concept as an adapter."""
     meta = concept.meta
-    _refuse_misfits(pipeline, concept)
+    refuse_misfits(pipeline, concept)
     adapted = inject(
         pipeline, meta.name, list(concept.layers), meta.variant, meta.rank, meta.alpha,
         meta.start, meta.allocation_seed, merge_key=meta.digest,
@@ -171,7 +171,8 @@ def _unwrap(model: nn.Module) -> None:
         setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010
 
 
-def _refuse_misfits(pipeline: StableDiffusionPipeline, concept: Concept) -> None:
+def refuse_misfits(pipeline: StableDiffusionPipeline, concept: Concept) -> None:
+    """Raise FormatError if a factor does not have the shape of its layer."""
     side = 0 if concept.meta.variant == "fa" else 1
     bases = target_layers(pipeline)
     for name, layer in concept.layers.items():

@@ -18,19 +18,19 @@ class TrainConfig(BaseModel):
     alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; rank by default")
     targets: Targets = Field("all", description="which attention layers are adapted")
     allocation_seed: int = Field(0, ge=0, description="same for all concepts that shall merge")
-    steps: int = Field(300, ge=1, le=1_000_000)
+    steps: int = Field(400, ge=1, le=1_000_000)
     batch_size: int = Field(4, ge=1, le=1024)
     gradient_accumulation: int = Field(1, ge=1, le=1024)
-    rate_tokens: float = Field(5e-3, ge=0, description="learning rate of the placeholder")
-    rate_text_encoder: float = Field(5e-4, ge=0)
+    rate_tokens: float = Field(1e-2, ge=0, description="learning rate of the placeholder")
+    rate_text_encoder: float = Field(4e-3, ge=0)
     rate_unet: float = Field(3e-3, ge=0)
     warmup_steps: int = Field(10, ge=0)
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     vectors: int | None = Field(
-        None, ge=1, le=16, description="placeholder vectors; as many as the class noun's tokens"
+        None, ge=1, le=16, description="placeholder vectors; 4, or all of a longer class noun's"
     )
     resolution: int | None = Field(None, ge=32, le=4096, description="the base's by default")
     copies: int = Field(8, ge=1, le=256, description="cached crops made from each reference")

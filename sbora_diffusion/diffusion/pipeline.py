@@ -1,6 +1,5 @@
 """Base + concepts → images: live adapters with weights."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ from PIL import Image
 from sbora_diffusion.core.concept import Concept, check_mergeable, refuse_extras
 from sbora_diffusion.core.errors import ConfigError, ConflictError, NonFiniteError, SboraError
 from sbora_diffusion.core.fingerprint import compare
-from sbora_diffusion.core.folded_set import Weighted
+from sbora_diffusion.core.folded_set import Weighted, refuse_bad_weight
 from sbora_diffusion.diffusion.adapters import activate, eject, inject_concept, set_weight
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.prompts import spelled, tokens_in
@@ -18,6 +17,8 @@ from sbora_diffusion.diffusion.tokens import PlaceholderTokens
 
 StepCallback = Callable[[int, int], None]
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.0
+AT_ONCE = 4
+"""Pictures in a batch of `draw`."""
 
 
 class Sampler(Protocol):
@@ -66,7 +67,7 @@ class ConceptPipeline:
         refuse_extras(concept)
         rounded = compare(concept.meta.fingerprint, self.fingerprint) == "rounded"
         check_mergeable([*self.concepts.values(), concept], allow_overlap)
-        _refuse_bad_weight(weight)
+        refuse_bad_weight(weight)
         self.tokens.add(token_vectors(concept))
         try:
             inject_concept(self.base.pipeline, concept, weight)
@@ -97,7 +98,7 @@ class ConceptPipeline:
         check_mergeable(wanted, allow_overlap)
         for concept, weight in concepts:
             refuse_extras(concept)
-            _refuse_bad_weight(weight)
+            refuse_bad_weight(weight)
         for name in [n for n, concept in self.concepts.items() if concept not in wanted]:
             self.remove(name)
         try:
@@ -121,7 +122,7 @@ class ConceptPipeline:
     def set_weight(self, name: str, weight: float) -> None:
         """Change a concept's weight λ; 0 silences it."""
         self._known(name)
-        _refuse_bad_weight(weight)
+        refuse_bad_weight(weight)
         set_weight(self.base.pipeline, name, weight)
 
     def unmentioned(self, prompt: str) -> list[str]:
@@ -199,7 +200,7 @@ def draw(
     """One picture per prompt and seed, four at a time, decoded and checked."""
     pictures: list[Image.Image] = []
     sampler = sampler or draw_latents
-    chunks = [slice(k, k + 4) for k in range(0, len(prompts), 4)]
+    chunks = [slice(k, k + AT_ONCE) for k in range(0, len(prompts), AT_ONCE)]
     for number, rows in enumerate(chunks):
 
         def report(done: int, number: int = number) -> None:
@@ -293,8 +294,3 @@ def decode(base: Base, latents: torch.Tensor) -> list[Image.Image]:
         latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
     )
     return pipeline.image_processor.postprocess(pixels.sample, output_type="pil")
-
-
-def _refuse_bad_weight(weight: float) -> None:
-    if not math.isfinite(weight):
-        raise ConfigError(f"a concept's weight must be a finite number, got {weight}")

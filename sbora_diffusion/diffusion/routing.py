@@ -13,11 +13,16 @@ from sbora_diffusion.core.concept import Concept, check_mergeable
 from sbora_diffusion.core.errors import ConflictError
 from sbora_diffusion.core.folded_set import Weighted
 from sbora_diffusion.diffusion.bases import Base
-from sbora_diffusion.diffusion.pipeline import DEFAULT_STEPS, StepCallback, draw
+from sbora_diffusion.diffusion.mixed import MixedSampler
+from sbora_diffusion.diffusion.pipeline import AT_ONCE, DEFAULT_STEPS, StepCallback, draw
 from sbora_diffusion.diffusion.prompts import tokens_in
 
 KEPT = 64
 """Concepts that stay in memory once they were read."""
+
+
+Group = tuple[list[Weighted] | None, list[int]]
+"""Concepts and the numbers of their prompts; no concepts: each prompt has its own."""
 
 
 @dataclass(frozen=True)
@@ -111,19 +116,25 @@ class Router:
         on_step: StepCallback | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        """One picture per prompt and seed, in the order given, drawn set by set of concepts.
+        """One picture per prompt and seed, in the order given.
+
+        Concepts with many prompts are drawn set by set, which costs least; the prompts of the
+        others share their batches (see `mixed.MixedSampler`).
 
         Args:
-            on_step: called with (sets done, sets in all).
-            options: see `draw`.
+            on_step: called with (groups done, groups in all).
+            options: see `draw`; with a sampler of its own nothing is mixed.
 
         Raises:
             SboraError: a prompt's concepts cannot be active together; nothing was drawn.
         """
-        groups = self._groups(prompts)
+        mixable = "sampler" not in options and not tokens_in(options.get("negative_prompt", ""))
+        groups = _pooled(self._groups(prompts)) if mixable else self._groups(prompts)
         pictures: dict[int, Image.Image] = {}
         for number, (concepts, rows) in enumerate(groups, 1):
-            self.holder.switch(concepts)
+            self.holder.switch(concepts or [])
+            if concepts is None:
+                options["sampler"] = MixedSampler(self.concepts_for)
             drawn = draw(
                 self.holder.base,
                 [prompts[k] for k in rows],
@@ -136,12 +147,21 @@ class Router:
                 on_step(number, len(groups))
         return [pictures[k] for k in range(len(prompts))]
 
-    def _groups(self, prompts: Sequence[str]) -> list[tuple[list[Weighted], list[int]]]:
+    def _groups(self, prompts: Sequence[str]) -> list[Group]:
         """Sets of concepts, each with the numbers of its prompts."""
-        groups: dict[frozenset[Source], tuple[list[Weighted], list[int]]] = {}
+        groups: dict[frozenset[Source], Group] = {}
         for k, prompt in enumerate(prompts):
             names = frozenset(self.called(prompt))
             if names not in groups:
                 groups[names] = (self.concepts_for(prompt), [])
             groups[names][1].append(k)
         return list(groups.values())
+
+
+def _pooled(groups: list[Group]) -> list[Group]:
+    """The groups that do not fill a batch as one, where there are several."""
+    small = [rows for _, rows in groups if len(rows) < AT_ONCE]
+    if len(small) < 2:
+        return groups
+    full: list[Group] = [group for group in groups if len(group[1]) >= AT_ONCE]
+    return [*full, (None, sorted(k for rows in small for k in rows))]

@@ -132,7 +132,7 @@ def test_however_the_steps_end_the_weights_are_the_bases_again(pocket, original,
         elif way == "abandoned":
             steps.close()
         elif way == "interrupted":
-            monkeypatch.setattr(training, "_loss", interrupt)
+            monkeypatch.setattr(training, "_losses", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 next(steps)
         else:

@@ -6,6 +6,7 @@ import torch
 
 from sbora_diffusion.core.concept import Concept, LayerFactor
 from sbora_diffusion.core.errors import BaseMismatch, ConfigError, ConflictError, FormatError
+from sbora_diffusion.diffusion import routing
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents, generate
 from sbora_diffusion.diffusion.routing import Router, Source
@@ -73,7 +74,7 @@ def test_concepts_that_share_a_slot_are_refused_only_when_one_prompt_names_both(
     router, calls = Router(live, Shelf(strong).sources), []
     prompts = ["a <one>", "a <twin>", "a <one> with its <twin>"]
     router.draw(prompts[:2], [0, 0], on_step=lambda *call: calls.append(call), **FAST)
-    assert calls == [(1, 2), (2, 2)]
+    assert calls == [(1, 1)]  # in one batch, where they do not meet
     live.switch([])
     with pytest.raises(ConflictError, match="'one' and 'twin' share 576 indices in 72 layers"):
         router.draw(prompts, [0, 0, 0], **FAST)
@@ -92,7 +93,7 @@ def one_by_one(pocket, strong) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("holder", [ConceptPipeline, Merged])
-def test_a_batch_is_drawn_set_by_set_and_comes_back_in_the_order_asked(
+def test_prompts_of_several_sets_share_a_batch_and_come_back_in_the_order_asked(
     pocket, strong, one_by_one, holder
 ):
     before, calls = snapshot(pocket), []
@@ -101,9 +102,31 @@ def test_a_batch_is_drawn_set_by_set_and_comes_back_in_the_order_asked(
     batch = router.draw(BATCH, range(4), on_step=lambda *call: calls.append(call), **FAST)
     held.switch([])
     assert_untouched(pocket, before)
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(1, 1)]
     for drawn, alone in zip(batch, one_by_one, strict=True):
         assert np.abs(np.asarray(drawn, int) - alone).max() <= 1
+
+
+def test_sets_that_fill_a_batch_are_drawn_by_themselves_and_only_the_others_mixed(
+    live, strong, monkeypatch
+):
+    batches = []
+
+    def note(base, prompts, seeds, steps, sampler=None, **options):
+        active = sorted(live.concepts)
+        batches.append((list(prompts), active, sampler is not None))
+        return list(prompts)
+
+    monkeypatch.setattr(routing, "draw", note)
+    router = Router(live, Shelf(strong).sources)
+    prompts = ["a cat", "<one> 1", "<two>", "<one> 2", "<one> 3", "<one> 4"]
+    ones = [prompt for prompt in prompts if "one" in prompt]
+    assert router.draw(prompts, range(6)) == prompts
+    assert batches == [(ones, ["one"], False), (["a cat", "<two>"], [], True)]
+    for options in ({"sampler": draw_latents}, {"negative_prompt": "a <cat>"}):
+        batches.clear()
+        assert router.draw(["a cat", "<two>"], range(2), **options) == ["a cat", "<two>"]
+        assert [active for _, active, _ in batches] == [[], ["two"]]
 
 
 def test_concepts_that_are_always_active_keep_their_weight_and_their_token(live, strong):

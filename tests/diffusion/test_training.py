@@ -1,5 +1,6 @@
 """Training changes what it should, nothing else, and gives the base back."""
 
+import dataclasses
 import functools
 import math
 
@@ -132,7 +133,7 @@ def test_options_change_the_result_and_leave_the_base(
     pocket, original, plain, settings, monkeypatch
 ):
     quick = functools.partial(draw, steps=1)
-    monkeypatch.setattr("sbora_diffusion.diffusion.training.draw", quick)
+    monkeypatch.setattr("sbora_diffusion.diffusion.lesson.draw", quick)
     concept, records = train(pocket, **settings)
     assert not torch.equal(factors(concept), plain) and math.isfinite(records[0].loss)
     assert_untouched(pocket, original)
@@ -166,9 +167,9 @@ def test_accumulated_gradients_are_the_mean_of_the_single_ones(pocket):
         try:
             with pytest.MonkeyPatch.context() as patch:
                 if accumulation == 1:
-                    patch.setattr(training, "_loss", both_halves(training, draws))
+                    patch.setattr(training, "_losses", both_halves(training, draws))
                 else:
-                    patch.setattr(training, "_loss", one_half(training, draws))
+                    patch.setattr(training, "_losses", one_half(training, draws))
                 list(training.steps())
             gradients.append(collected[-1])
         finally:
@@ -182,17 +183,19 @@ def fixed_noise(seed):
 
 
 def one_half(training, draws):
-    plain = ConceptTraining._loss
+    plain = ConceptTraining._losses
 
-    def loss(unet, text_encoder, objective, latents, captions, generator):
-        return plain(training, unet, text_encoder, objective, latents, captions, next(draws))
+    def losses(unet, text_encoder, objective, streams):
+        (stream,) = streams
+        again = [dataclasses.replace(stream, generator=next(draws))]
+        return plain(training, unet, text_encoder, objective, again)
 
-    return loss
+    return losses
 
 
 def both_halves(training, draws):
     half = one_half(training, draws)
-    return lambda *inputs: (half(*inputs) + half(*inputs)) / 2
+    return lambda *inputs: [(half(*inputs)[0] + half(*inputs)[0]) / 2]
 
 
 def record_gradients(training) -> list[torch.Tensor]:
@@ -210,8 +213,8 @@ def record_gradients(training) -> list[torch.Tensor]:
 
 def test_a_loss_that_is_no_number_stops_and_the_base_comes_back(pocket, original):
     training = open_training(pocket)
-    broken = torch.full_like(training.examples[0].pixels, float("nan"))
-    training.examples = [Example(broken, ("a <plushbear>",))]
+    broken = torch.full_like(training.lesson.examples[0].pixels, float("nan"))
+    training.lesson.examples = [Example(broken, ("a <plushbear>",))]
     try:
         with pytest.raises(NonFiniteError, match="loss became nan at step 1; lower rate_unet"):
             list(training.steps())

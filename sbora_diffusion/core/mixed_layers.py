@@ -1,0 +1,81 @@
+"""Layers whose input rows belong to different concepts, for the length of a block."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbora_diffusion.core.mixed import Bank, branch_rows, join_rows
+
+
+@contextmanager
+def mixed_rows(
+    layers: Mapping[str, nn.Module],
+    banks: Mapping[str, Sequence[Bank]],
+    rows: Tensor | None = None,
+) -> Iterator[None]:
+    """Within, each row of a batch gets the update of its own concept, on top of the layer's output.
+
+    The layers stay what they are, adapted or plain: hooks do it, which leave nothing behind and
+    need no adapters that would have to be put in and taken out concept by concept.
+
+    Args:
+        layers: canonical name → layer (..., in) → (..., out).
+        banks: canonical name → banks, at most one for each variant; layers that are not named stay
+            as they are.
+        rows: (B,), int64, the entry of each row, −1 for none. A batch of n · B rows is n such
+            batches one after another, as guidance makes them. Without it consecutive rows share an
+            entry, see `sbora_rows`.
+    """
+    with ExitStack() as hooks:
+        for name, parts in banks.items():
+            mixed = _Mixed(parts, rows)
+            hooks.enter_context(_removed(layers[name].register_forward_pre_hook(mixed.before)))
+            hooks.enter_context(_removed(layers[name].register_forward_hook(mixed.after)))
+        yield
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Mixed:
+    """The second path of one layer."""
+
+    def __init__(self, banks: Sequence[Bank], rows: Tensor | None) -> None:
+        self._banks, self._rows = banks, rows
+        self._selected: dict[int, list[Bank]] = {}
+        self._open: list[tuple[Bank, Tensor]] = []
+
+    def before(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = inputs
+        self._open = []
+        for bank in self._for_rows(len(x)):
+            x, part = branch_rows(x, bank)
+            self._open.append((bank, part))
+        return (x, *others)
+
+    def after(self, _layer: nn.Module, _inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+        opened, self._open = self._open, []
+        for bank, part in opened:
+            y = join_rows(y, part, bank)
+        return y
+
+    def _for_rows(self, count: int) -> Sequence[Bank]:
+        """The banks with one entry for each of `count` rows."""
+        if self._rows is None:
+            return self._banks
+        if count in self._selected and not torch.is_grad_enabled():
+            return self._selected[count]
+        assert count % len(self._rows) == 0, f"{count} rows, {len(self._rows)} have their concept"
+        rows = self._rows.repeat(count // len(self._rows))
+        selected = [bank.select(rows) for bank in self._banks]
+        if not torch.is_grad_enabled():
+            self._selected[count] = selected
+        return selected

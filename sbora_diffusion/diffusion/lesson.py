@@ -1,0 +1,143 @@
+"""What one concept is learned from, and the concept that comes out: training without a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sbora_diffusion.core.allocation import check_capacity
+from sbora_diffusion.core.concept import Concept, ConceptMeta, LayerFactor, TokenMeta, sealed
+from sbora_diffusion.core.errors import ConfigError
+from sbora_diffusion.diffusion.bases import DTYPES, Base
+from sbora_diffusion.diffusion.concepts import Subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.dataset import Example, load_examples, to_tensor
+from sbora_diffusion.diffusion.noise import NoisedBatch, Objective
+from sbora_diffusion.diffusion.pipeline import draw, encode
+from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.tokens import word_vectors
+
+
+USUAL_VECTORS, MOST_VECTORS = 4, 8
+"""Of a placeholder, where the recipe leaves it open; results/recipes.json has what more give."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Batches of encoded pictures, drawn by one generator.
+
+    Attributes:
+        latents: (N, C, H, W), scaled.
+        captions: those of each picture, one of which is drawn.
+    """
+
+    latents: Tensor
+    captions: list[tuple[str, ...]]
+    generator: Generator
+
+    def draw(self, objective: Objective, batch_size: int) -> tuple[NoisedBatch, list[str]]:
+        """The next batch and its captions."""
+        rows = torch.randint(len(self.latents), (batch_size,), generator=self.generator)
+        words = [_choose(self.captions[row], self.generator) for row in rows.tolist()]
+        return objective.draw(self.latents[rows.to(self.latents.device)], self.generator), words
+
+
+class Lesson:
+    """One subject, its recipe and its range.
+
+    Args:
+        base: an unadapted base.
+        subject: settings and reference images.
+        config: the recipe.
+        start: first entry of the concept's range, e.g. slot · rank.
+
+    Attributes:
+        layers: canonical name → adapted layer of the base.
+        widths: canonical name → how many indices the layer has.
+        initial: (vectors, dim), what the placeholder starts from.
+        prior: pictures of the bare class noun.
+
+    Raises:
+        CapacityError, DataError, ConfigError: the base is as it was.
+    """
+
+    def __init__(self, base: Base, subject: Subject, config: TrainConfig, start: int):
+        self.base, self.subject, self.config, self.start = base, subject, config, start
+        self.fingerprint = base.fingerprint
+        self.examples = load_examples(
+            subject, config.resolution or base.resolution, config.copies, config.flip, config.seed
+        )
+        self.initial = _initial_vectors(base, subject.settings.class_noun, config.vectors)
+        self.layers = target_layers(base.pipeline, config.targets)
+        self.widths = {n: layer_width(layer, config.variant) for n, layer in self.layers.items()}
+        check_capacity(self.widths, start, start + config.rank)
+        self.prior = self._prior_examples() if config.prior_weight else []
+
+    def streams(self) -> list[Stream]:
+        """The subject's own batches and, where the recipe asks for them, those of its class; both
+        draw from one generator."""
+        generator = Generator().manual_seed(self.config.seed)
+        kinds = [self.examples, self.prior] if self.prior else [self.examples]
+        return [self._stream(examples, generator) for examples in kinds]
+
+    def _stream(self, examples: list[Example], generator: Generator) -> Stream:
+        latents = encode(self.base, torch.stack([example.pixels for example in examples]))
+        return Stream(latents, [example.captions for example in examples], generator)
+
+    def _prior_examples(self) -> list[Example]:
+        """Pictures of the bare class noun, drawn by the frozen base."""
+        prompt = f"a photo of a {self.subject.settings.class_noun}"
+        count, seed = self.config.prior_images, self.config.seed
+        pictures = draw(self.base, [prompt] * count, [seed + k for k in range(count)])
+        return [Example(to_tensor(picture), (prompt,)) for picture in pictures]
+
+    def concept(self, layers: Mapping[str, LayerFactor], vectors: Tensor) -> Concept:
+        """The concept of these factors, on the CPU and of the dtype that is saved.
+
+        Args:
+            vectors: (vectors, dim) of the placeholder.
+        """
+        token = self.subject.settings.token
+        stored = vectors.detach().to("cpu", DTYPES[self.config.save_dtype], copy=True)
+        return sealed(Concept(self._meta(), dict(layers), {f"text_encoder.{token}": stored}))
+
+    def _meta(self) -> ConceptMeta:
+        config, settings, start = self.config, self.subject.settings, self.start
+        rank = config.rank
+        return ConceptMeta(
+            name=settings.name,
+            variant=config.variant,
+            rank=rank,
+            alpha=config.resolved_alpha,
+            slot=start // rank if start % rank == 0 else None,
+            start=start,
+            stop=start + rank,
+            allocation_seed=config.allocation_seed,
+            family=self.base.family,
+            base_name=self.base.public_name,
+            fingerprint={name: self.fingerprint[name] for name in self.layers},
+            widths=self.widths,
+            class_noun=settings.class_noun,
+            tokens=(TokenMeta(token=settings.token, initializer=settings.class_noun),),
+            training=config.model_dump(mode="json"),
+        )
+
+
+def layer_width(layer: nn.Linear, variant: str) -> int:
+    """The dimension that indices are drawn from: inputs for FA, outputs for FB."""
+    return layer.in_features if variant == "fa" else layer.out_features
+
+
+def _initial_vectors(base: Base, class_noun: str, count: int | None) -> Tensor:
+    """The class noun's own embeddings, the last one repeated, or cut to `count`."""
+    vectors = word_vectors(base.pipeline, class_noun)
+    if not len(vectors):
+        raise ConfigError(f"class noun {class_noun!r} has no tokens", "use a plain English noun")
+    if count is None:
+        count = min(max(USUAL_VECTORS, len(vectors)), MOST_VECTORS)
+    return torch.cat([vectors, vectors[-1:].expand(max(0, count - len(vectors)), -1)])[:count]
+
+
+def _choose(options: tuple[str, ...], generator: Generator) -> str:
+    return options[int(torch.randint(len(options), (1,), generator=generator))]

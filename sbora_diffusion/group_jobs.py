@@ -1,0 +1,177 @@
+"""Training many concepts into the library, several at once."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sbora_diffusion.core.concept import Concept, write_concept
+from sbora_diffusion.core.errors import ConfigError, ConflictError
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.concepts import Subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.group_training import GroupTraining, shared_settings
+from sbora_diffusion.diffusion.lesson import Lesson
+from sbora_diffusion.jobs import TrainResult, index_widths, train_concept, train_result
+from sbora_diffusion.library import Library
+from sbora_diffusion.outputs import check_concept_output, make_parent
+from sbora_diffusion.reservations import Held, reserved
+
+MOST_AT_ONCE = 16
+
+
+def train_concepts(
+    base: Base,
+    subjects: Sequence[Subject],
+    config: TrainConfig,
+    *,
+    library: Library,
+    folder: Path,
+    at_once: int | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> list[TrainResult]:
+    """Reserve all ranges, train in groups, and write `<folder>/<name>.safetensors` of each.
+
+    A failure leaves the groups before it finished, and of its own group and the later ones nothing.
+
+    Args:
+        at_once: concepts in a group; by default one on a CPU, where a group is no faster, else up
+            to 16. A recipe that cannot be shared trains one after another.
+        on_start: called with the size of the groups, before the first trains.
+        on_step: called with (steps done, steps in all, mean loss), over all groups.
+
+    Returns:
+        What each training gave, in the order of the subjects; the seconds are its group's.
+
+    Raises:
+        ConfigError, ConflictError: before anything is trained.
+        SboraError: see `jobs.train_concept`.
+    """
+    names = [subject.settings.name for subject in subjects]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConflictError(f"two subjects are called {min(twice)!r}", "rename one")
+    for name in names:
+        check_concept_output(_file(folder, name))
+    size = group_size(base, config, len(subjects), at_once)
+    groups = [subjects[k : k + size] for k in range(0, len(subjects), size)]
+    results: list[TrainResult] = []
+    widths = index_widths(base, config)
+    with reserved(library, base.key, config.variant, names, config.rank, widths) as held:
+        if on_start:
+            on_start(size)
+        for number, group in enumerate(groups):
+            report = _reporter(on_step, number, len(groups))
+            if len(group) == 1:
+                results.append(_train_one(base, group[0], config, library, folder, report))
+            else:
+                results += _train_group(base, group, config, library, folder, held, report)
+            held.finished.update(subject.settings.name for subject in group)
+    return results
+
+
+def group_size(base: Base, config: TrainConfig, count: int, at_once: int | None) -> int:
+    """How many concepts train in one batch.
+
+    Raises:
+        ConfigError: more than one was asked for and the recipe cannot be shared.
+    """
+    alone = shared_settings(config) is None
+    if at_once is None:
+        return 1 if alone or base.device.type == "cpu" else max(1, min(count, MOST_AT_ONCE))
+    if at_once < 1 or (at_once > 1 and alone):
+        allowed = "1 with dropout or fp16" if alone else "1 or more"
+        raise ConfigError(f"--at-once must be {allowed}, got {at_once}", "leave it out")
+    return at_once
+
+
+def _train_one(
+    base: Base,
+    subject: Subject,
+    config: TrainConfig,
+    library: Library,
+    folder: Path,
+    report: Callable[[int, int, float], None],
+) -> TrainResult:
+    return train_concept(
+        base,
+        subject,
+        config,
+        library=library,
+        output=_file(folder, subject.settings.name),
+        on_record=lambda record: report(record.step, record.steps, record.loss),
+    )
+
+
+def _train_group(
+    base: Base,
+    subjects: Sequence[Subject],
+    config: TrainConfig,
+    library: Library,
+    folder: Path,
+    held: Held,
+    report: Callable[[int, int, float], None],
+) -> list[TrainResult]:
+    began, ranges = time.monotonic(), [held.ranges[s.settings.name] for s in subjects]
+    concepts, losses = _learn(base, subjects, config, [r.start for r in ranges], report)
+    files = [_file(folder, concept.meta.name) for concept in concepts]
+    with library.together() as joined, _written(list(zip(files, concepts, strict=True))):
+        for file, concept in zip(files, concepts, strict=True):
+            meta, token = concept.meta, concept.meta.tokens[0].token
+            joined.record(base.key, meta.variant, meta.name, file, meta.digest, token)
+    seconds = time.monotonic() - began
+    parts = zip(files, concepts, ranges, zip(*losses, strict=True), strict=True)
+    return [train_result(f, c.meta.digest, r, list(own), seconds) for f, c, r, own in parts]
+
+
+def _learn(
+    base: Base,
+    subjects: Sequence[Subject],
+    config: TrainConfig,
+    starts: Sequence[int],
+    report: Callable[[int, int, float], None],
+) -> tuple[list[Concept], list[tuple[float, ...]]]:
+    """The concepts, and the losses of each step."""
+    lessons = [Lesson(base, s, config, start) for s, start in zip(subjects, starts, strict=True)]
+    training, losses = GroupTraining(base, lessons), []
+    try:
+        for record in training.steps():
+            losses.append(record.losses)
+            report(record.step, record.steps, record.loss)
+        return training.concepts(), losses
+    finally:
+        training.close()
+
+
+@contextmanager
+def _written(files: Sequence[tuple[Path, Concept]]) -> Iterator[None]:
+    """Write concept files that get their names, all of them, when the block ends well."""
+    staged: list[tuple[Path, Path]] = []
+    try:
+        for path, concept in files:
+            make_parent(path)
+            staged.append((path.with_name(f".sbora-{secrets.token_hex(8)}.tmp"), path))
+            write_concept(staged[-1][0], concept)
+        yield
+        for temporary, path in staged:
+            temporary.replace(path)
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def _reporter(
+    on_step: Callable[[int, int, float], None] | None, number: int, groups: int
+) -> Callable[[int, int, float], None]:
+    """Counts the steps of all groups."""
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if on_step:
+            on_step(number * steps + step, groups * steps, loss)
+
+    return report
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
