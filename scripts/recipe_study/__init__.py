@@ -1,0 +1,1 @@
+"""What a training recipe is worth on subjects that no other study uses."""

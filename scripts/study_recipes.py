@@ -1,0 +1,194 @@
+"""What each setting of the training recipe is worth: gains over the bare class word.
+
+    python scripts/render_concepts.py                              # the subjects' pictures
+    python scripts/study_recipes.py run --device cuda --part 1 --parts 4
+    python scripts/study_recipes.py report
+
+`run` trains all subjects of one recipe at once, draws every prompt and judges the pictures; it
+writes one file a recipe. `report` needs all of them and writes results/recipes.json.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from merging_study.plan import part_of
+from merging_study.statistics import mean_figure
+from PIL import Image
+from pocket_evaluation.record import run_of
+from recipe_study.plan import RECIPES, SUBJECTS
+
+from sbora_diffusion.alignment import Judges, load_judges, score, with_article
+from sbora_diffusion.console import quiet_libraries
+from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.concepts import Subject, read_subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.group_training import GroupTraining
+from sbora_diffusion.diffusion.lesson import Lesson
+from sbora_diffusion.diffusion.mixed import MixedSampler
+from sbora_diffusion.diffusion.pipeline import decode, draw_latents
+from sbora_diffusion.evaluate import CLASS_WORD, PROMPTS, read_pictures
+from sbora_diffusion.evaluation.features import LOCAL
+
+WHAT = "image and text alignment of recipes, minus those of the bare class word, on 16 subjects"
+AT_ONCE = 8
+"""Subjects whose pictures are drawn in one batch."""
+FIGURES = ("text_alignment", "pocket-clip", "efficientnet-lite2")
+
+
+def train(base: Base, subjects: list[Subject], config: TrainConfig) -> list[Concept]:
+    """A concept of each subject, all trained in one batch."""
+    training = GroupTraining(base, [Lesson(base, subject, config, 0) for subject in subjects])
+    try:
+        for _ in training.steps():
+            pass
+        return training.concepts()
+    finally:
+        training.close()
+
+
+def drawn(
+    base: Base, subjects: list[Subject], concepts: list[Concept], args: argparse.Namespace
+) -> Iterator[tuple[Subject, list[str], list[Image.Image]]]:
+    """Each subject's pictures with the texts that they are judged by.
+
+    Args:
+        concepts: one for each subject; none draws the bare class nouns.
+    """
+    by_token = {concept.meta.tokens[0].token: concept for concept in concepts}
+    sampler = MixedSampler(
+        lambda prompt: [(concept, 1.0) for token, concept in by_token.items() if token in prompt]
+    )
+    for start in range(0, len(subjects), AT_ONCE):
+        some = subjects[start : start + AT_ONCE]
+        prompts = [p.format(_word(s, concepts)) for s in some for p in _repeated(args.num)]
+        seeds = [args.seed + k for _ in some for _ in PROMPTS for k in range(args.num)]
+        draw = sampler if concepts else draw_latents
+        latents = draw(base, prompts, seeds, args.steps, args.guidance, "")
+        each = len(PROMPTS) * args.num
+        for subject, own in zip(some, latents.split(each), strict=True):
+            texts = [p.format(_word(subject, [])) for p in _repeated(args.num)]
+            yield subject, texts, decode(base, own)
+
+
+def _repeated(num: int) -> list[str]:
+    return [prompt for prompt in PROMPTS for _ in range(num)]
+
+
+def _word(subject: Subject, concepts: list[Concept]) -> str:
+    """What stands in the prompt: the placeholder, or the bare class noun without concepts."""
+    settings = subject.settings
+    return settings.token if concepts else with_article(settings.class_noun)
+
+
+def judged(
+    base: Base, judges: Judges, subjects: list[Subject], concepts: list[Concept], args: Any
+) -> dict[str, dict[str, float]]:
+    """Subject → figures."""
+    found = {}
+    for subject, texts, pictures in drawn(base, subjects, concepts, args):
+        references = judges.references(read_pictures(subject.images[0].parent))
+        means = score(judges, pictures, texts, references).means()
+        found[subject.settings.name] = {
+            "text_alignment": means["text_alignment"],
+            **means["image_alignment"],
+        }
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    judge = args.judge
+    judges = load_judges(f"{LOCAL}{judge}" if Path(judge).is_dir() else judge, args.device)
+    base = load_base(args.base, args.device)
+    subjects = [read_subject(args.concepts / name) for name in args.subjects]
+    args.files.mkdir(parents=True, exist_ok=True)
+    for name in part_of([CLASS_WORD, *args.recipes], args.part, args.parts):
+        began, concepts = time.monotonic(), []
+        changes = None if name == CLASS_WORD else RECIPES[name] | args.settings
+        if changes is not None:
+            concepts = train(base, subjects, TrainConfig(**changes))
+        trained = time.monotonic()
+        each = judged(base, judges, subjects, concepts, args)
+        found = {
+            "recipe": name,
+            "changes": changes,
+            "each": each,
+            "training_seconds": round(trained - began, 1),
+            "run": run_of(command(), args.device, time.monotonic() - began, args.commit),
+        }
+        (args.files / f"{name.replace(' ', '_')}.json").write_text(json.dumps(found))
+        print(f"{name}: {found['training_seconds']} s of training", flush=True)
+
+
+def report(args: argparse.Namespace) -> None:
+    found = {f["recipe"]: f for f in map(_read, sorted(args.files.glob("*.json")))}
+    bound = found.pop(CLASS_WORD)
+    order = sorted(found, key=lambda name: list(RECIPES).index(name))
+    runs = {key: bound["run"][key] for key in ("date", "commit", "device", "versions")}
+    record = {
+        "what": WHAT,
+        **runs,
+        "default": TrainConfig().model_dump(mode="json"),
+        "subjects": list(bound["each"]),
+        "class_word": {k: mean_figure([e[k] for e in bound["each"].values()]) for k in FIGURES},
+        "recipes": [
+            {
+                "recipe": name,
+                "changes": found[name]["changes"],
+                "gain": {k: mean_figure(_gains(found[name], bound, k)) for k in FIGURES},
+                "training_seconds": found[name]["training_seconds"],
+            }
+            for name in order
+        ],
+        "runs": [bound["run"], *(found[name]["run"] for name in order)],
+    }
+    args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for row in record["recipes"]:
+        figures = "  ".join(f"{k} {row['gain'][k]['value']:+.3f}" for k in FIGURES)
+        print(f"{row['recipe']:34} {figures}", flush=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _gains(found: dict[str, Any], bound: dict[str, Any], figure: str) -> list[float]:
+    return [found["each"][name][figure] - own[figure] for name, own in bound["each"].items()]
+
+
+def command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--files", type=Path, default=Path("build/recipes"), help="of each recipe")
+    parser.add_argument("--record", type=Path, default=Path("results/recipes.json"))
+    parser.add_argument("--concepts", type=Path, default=Path("build/concepts"))
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), metavar="NAME")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON for all recipes")
+    parser.add_argument("--base", default="pocket")
+    parser.add_argument("--judge", default="pocket-clip")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num", type=int, default=2, help="pictures for each prompt")
+    parser.add_argument("--seed", type=int, default=20_000_000)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--part", type=int, default=1)
+    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--commit", help="of the code, on a machine without its checkout")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    args = arguments()
+    run(args) if args.action == "run" else report(args)
