@@ -10,6 +10,7 @@ several processes can share the work before one without --concept judges all of 
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from pocket_evaluation.base_section import judge_base
+from pocket_evaluation.ceiling_section import ceiling_figures
 from pocket_evaluation.concepts_section import ConceptRun, concepts_figures
 from pocket_evaluation.drawing import Drawer
 from pocket_evaluation.judge_section import judge_the_judge, read_subjects
@@ -30,10 +32,10 @@ from sbora_diffusion.alignment import Judges, load_judges
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.pipeline import DEFAULT_GUIDANCE, DEFAULT_STEPS
-from sbora_diffusion.evaluate import EvaluateConfig
+from sbora_diffusion.evaluate import PROMPTS, EvaluateConfig
 from sbora_diffusion.evaluation.features import LOCAL
 
-SECTIONS = ("judge", "base", "speed", "concepts")
+SECTIONS = ("judge", "base", "speed", "concepts", "ceiling")
 
 
 class Evaluator:
@@ -96,6 +98,17 @@ class Evaluator:
                 each[name] = run.judge(lambda: self.model, subject, slot, self.say)
                 self.say(f"{name}: {each[name]['difference']}")
         return None if args.concept else concepts_figures(each, run)
+
+    def ceiling(self) -> dict:
+        args = self.args
+        measured = json.loads(args.out.read_text()) if args.out.exists() else {}
+        if "concepts" not in measured:
+            raise SystemExit(f"{args.out} has no section 'concepts': measure it first")
+        subjects = read_subjects(args.concepts)
+        return ceiling_figures(
+            self.world, self.model, self.judges, subjects, measured["concepts"], args.seed,
+            args.per_prompt * len(PROMPTS), self.say,
+        )  # fmt: skip
 
     @property
     def pictures(self) -> Path | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sbora_diffusion.diffusion.config import TrainConfig
+
 RESULTS = Path(__file__).parent.parent / "results"
 RECORDS = sorted(RESULTS.rglob("*.json"))
 
@@ -46,3 +48,24 @@ def test_a_wrong_verdict_is_found():
 
 def test_there_are_records():
     assert RECORDS
+
+
+def test_the_default_recipe_is_the_one_that_was_chosen():
+    record = json.loads((RESULTS / "recipes.json").read_text())
+    assert record["default"] == TrainConfig().model_dump(mode="json")
+    assert {"default", "former default"} <= {row["recipe"] for row in record["recipes"]}
+
+
+def test_recipes_were_judged_on_subjects_that_are_not_committed():
+    record = json.loads((RESULTS / "recipes.json").read_text())
+    committed = {path.parent.name for path in RESULTS.parent.glob("concepts/*/concept.toml")}
+    assert len(record["subjects"]) >= 12 and not committed & set(record["subjects"])
+
+
+def test_a_recipe_states_gain_and_interval_of_both_image_features_and_text():
+    record = json.loads((RESULTS / "recipes.json").read_text())
+    for row in record["recipes"]:
+        assert set(row["gain"]) == {"text_alignment", "pocket-clip", "efficientnet-lite2"}
+        for figure in row["gain"].values():
+            low, high = figure["interval"]
+            assert low <= figure["value"] <= high and figure["of"] == len(record["subjects"])

@@ -68,7 +68,7 @@ class Lesson:
         self.examples = load_examples(
             subject, config.resolution or base.resolution, config.copies, config.flip, config.seed
         )
-        self.initial = _initial_vectors(base, subject.settings.class_noun, config.vectors)
+        self.initial = initial_vectors(base, subject.settings.class_noun, config.vectors)
         self.layers = target_layers(base.pipeline, config.targets)
         self.widths = {n: layer_width(layer, config.variant) for n, layer in self.layers.items()}
         check_capacity(self.widths, start, start + config.rank)
@@ -129,7 +129,7 @@ def layer_width(layer: nn.Linear, variant: str) -> int:
     return layer.in_features if variant == "fa" else layer.out_features
 
 
-def _initial_vectors(base: Base, class_noun: str, count: int | None) -> Tensor:
+def initial_vectors(base: Base, class_noun: str, count: int | None) -> Tensor:
     """The class noun's own embeddings, the last one repeated, or cut to `count`."""
     vectors = word_vectors(base.pipeline, class_noun)
     if not len(vectors):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocket_evaluation.record import at_least, at_most
+from pocket_evaluation.record import at_least, at_most, mean
 from sbora_diffusion.alignment import Judges, difference
 from sbora_diffusion.core.concept import Concept, read_concept
 from sbora_diffusion.diffusion.bases import Base
@@ -105,28 +105,24 @@ def concepts_figures(each: Mapping[str, dict[str, Any]], run: ConceptRun) -> dic
     features = list(gains[0]["image_alignment"])
     means = {
         group: {
-            "text_alignment": _mean([f[group]["text_alignment"] for f in each.values()]),
+            "text_alignment": mean([f[group]["text_alignment"] for f in each.values()]),
             "image_alignment": {
-                name: _mean([f[group]["image_alignment"][name] for f in each.values()])
+                name: mean([f[group]["image_alignment"][name] for f in each.values()])
                 for name in features
             },
         }
         for group in (CONCEPT, CLASS_WORD)
     }
-    change = _mean([gain["text_alignment"] for gain in gains])
+    change = mean([gain["text_alignment"] for gain in gains])
     return {
         "concepts": len(each),
         "judge": run.judges.clip.name,
         "training": TrainConfig().model_dump(mode="json"),
         "image_alignment_gain": {
-            name: at_least(_mean([g["image_alignment"][name] for g in gains]), IMAGE_GAIN)
+            name: at_least(mean([g["image_alignment"][name] for g in gains]), IMAGE_GAIN)
             for name in features
         },
         "text_alignment_change": {**at_most(abs(change), TEXT_LOSS), "signed": change},
         "means": means,
         "each": dict(each),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 4)

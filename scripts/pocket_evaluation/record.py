@@ -39,6 +39,10 @@ def at_most(value: float, limit: float) -> dict[str, Any]:
     return {"value": value, "limit": limit, "met": value <= limit}
 
 
+def mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 4)
+
+
 def share(right: Sequence[bool], threshold: float | None = None) -> dict[str, Any]:
     """The share of what is right, with its interval and, where there is one, its threshold."""
     value = sum(right) / len(right)

@@ -13,8 +13,10 @@ from sbora_diffusion.core.errors import CapacityError, ConfigError, NonFiniteErr
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import Example
+from sbora_diffusion.diffusion.lesson import initial_vectors
 from sbora_diffusion.diffusion.pipeline import draw, draw_latents
 from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.tokens import word_vectors
 from sbora_diffusion.diffusion.training import ConceptTraining
 from tests.diffusion.helpers import CONCEPTS, assert_untouched, snapshot
 
@@ -259,7 +261,7 @@ def test_infinite_settings_are_refused():
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine(pocket):
-    training = open_training(pocket, steps=20, warmup_steps=4)
+    training = open_training(pocket, steps=20, warmup_steps=4, schedule="cosine")
     try:
         rates = [training._rate(step) for step in range(20)]
     finally:
@@ -291,3 +293,23 @@ def test_a_concept_file_is_about_half_a_lora_of_its_rank(pocket, tmp_path, varia
     tokens = sum(v.numel() * v.element_size() for v in concept.embeddings.values())
     size = (tmp_path / "sbora").stat().st_size - tokens
     assert size <= share * (tmp_path / "lora").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("noun", "settings", "count"),
+    [
+        ("cat", {}, 4),
+        ("a very small wooden train", {}, 6),  # one vector for each of its tokens
+        ("cat " * 12, {}, 8),
+        ("cat", {"vectors": 1}, 1),
+        ("a very small wooden train", {"vectors": 2}, 2),
+    ],
+)
+def test_a_placeholder_starts_as_the_class_noun_with_at_least_four_vectors(
+    pocket, noun, settings, count
+):
+    own = word_vectors(pocket.pipeline, noun)
+    initial = initial_vectors(pocket, noun, TrainConfig(**settings).vectors)
+    assert len(initial) == count
+    repeated = torch.cat([own, own[-1:].expand(16, -1)])[:count]
+    assert torch.equal(initial, repeated)
