@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbora_diffusion import __version__
+from sbora_diffusion.cli_bench import bench_app
 from sbora_diffusion.cli_check import check
 from sbora_diffusion.cli_evaluate import evaluate
 from sbora_diffusion.cli_generate import generate
@@ -45,6 +46,7 @@ app = typer.Typer(
     help="Teach a text-to-image model several subjects from a few pictures each (SBoRA).",
 )
 app.add_typer(library_app, name="library", help="The concepts known here, their slots and files.")
+app.add_typer(bench_app, name="bench", help="The studies: what it costs.")
 app.command()(inspect)
 app.command()(check)
 app.command()(merge)

@@ -23,7 +23,7 @@ from pocket_evaluation.ceiling_section import ceiling_figures
 from pocket_evaluation.concepts_section import ConceptRun, concepts_figures
 from pocket_evaluation.drawing import Drawer
 from pocket_evaluation.judge_section import judge_the_judge, read_subjects
-from pocket_evaluation.record import run_of, write_section
+from pocket_evaluation.record import write_section
 from pocket_evaluation.scenes import World
 from pocket_evaluation.sheet import base_sheet
 from pocket_evaluation.speed_section import measure_speed
@@ -34,6 +34,7 @@ from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.pipeline import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from sbora_diffusion.evaluate import PROMPTS, EvaluateConfig
 from sbora_diffusion.evaluation.features import LOCAL
+from sbora_diffusion.records import run_of
 
 SECTIONS = ("judge", "base", "speed", "concepts", "ceiling")
 

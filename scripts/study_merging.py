@@ -27,7 +27,6 @@ from merging_study.judging import (
 )
 from merging_study.plan import UNRELATED_PROMPTS, part_of, threes
 from merging_study.sheet import merging_sheet
-from pocket_evaluation.record import run_of
 
 from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.console import quiet_libraries
@@ -37,6 +36,7 @@ from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.evaluate import PROMPTS, EvaluateConfig, read_pictures
 from sbora_diffusion.evaluation.features import LOCAL
+from sbora_diffusion.records import run_of
 
 WHAT = "text and image alignment of concepts merged by 3 and all together, alone, and routed"
 QUALITY = 75

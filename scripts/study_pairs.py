@@ -23,7 +23,6 @@ from pair_study.sheet import pair_sheet
 from pair_study.training import Recipe, lora_config
 from pair_study.tuning import Bench, keep, label, table
 from pocket_evaluation.judge_section import read_subjects
-from pocket_evaluation.record import run_of
 
 from sbora_diffusion.alignment import Judges, load_judges
 from sbora_diffusion.console import quiet_libraries
@@ -32,6 +31,7 @@ from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import DrawConfig, TrainConfig
 from sbora_diffusion.diffusion.pipeline import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from sbora_diffusion.evaluation.features import LOCAL
+from sbora_diffusion.records import run_of
 
 WHAT = (
     "two concepts in one picture: how often a region looks more like its own concept than like "

@@ -20,7 +20,6 @@ from typing import Any
 from merging_study.plan import part_of
 from merging_study.statistics import mean_figure
 from PIL import Image
-from pocket_evaluation.record import run_of
 from recipe_study.plan import RECIPES, SUBJECTS
 
 from sbora_diffusion.alignment import Judges, load_judges, score, with_article
@@ -35,6 +34,7 @@ from sbora_diffusion.diffusion.mixed import MixedSampler
 from sbora_diffusion.diffusion.pipeline import decode, draw_latents
 from sbora_diffusion.evaluate import CLASS_WORD, PROMPTS, read_pictures
 from sbora_diffusion.evaluation.features import LOCAL
+from sbora_diffusion.records import run_of
 
 WHAT = "image and text alignment of recipes, minus those of the bare class word, on 16 subjects"
 AT_ONCE = 8

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from sbora_diffusion.records import at_most
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
 questions = importlib.import_module("pocket_evaluation.questions")
@@ -141,7 +143,7 @@ def test_a_share_counts_and_is_held_against_its_threshold():
 
 
 def test_limits_are_met_from_below():
-    assert record.at_most(3.0, 3.0)["met"] and not record.at_most(3.0001, 3.0)["met"]
+    assert at_most(3.0, 3.0)["met"] and not at_most(3.0001, 3.0)["met"]
 
 
 def test_confusions_are_counted_most_frequent_first():

@@ -18,7 +18,6 @@ from sbora_diffusion.diffusion.pipeline import draw, encode
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import word_vectors
 
-
 USUAL_VECTORS, MOST_VECTORS = 4, 8
 """Of a placeholder, where the recipe leaves it open; results/recipes.json has what more give."""
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.random import Generator
-from pocket_evaluation.record import at_least
 from torch import Tensor
 
 from pair_study.plan import Pair
 from sbora_diffusion.evaluation.metrics import similarity
+from sbora_diffusion.records import at_least
 
 THRESHOLD = 0.90
 RESAMPLES, SHUFFLES = 2000, 200

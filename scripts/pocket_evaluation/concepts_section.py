@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocket_evaluation.record import at_least, at_most, mean
+from pocket_evaluation.record import mean
 from sbora_diffusion.alignment import Judges, difference
 from sbora_diffusion.core.concept import Concept, read_concept
 from sbora_diffusion.diffusion.bases import Base
@@ -24,6 +24,7 @@ from sbora_diffusion.evaluate import (
 from sbora_diffusion.jobs import train_concept
 from sbora_diffusion.library import Library
 from sbora_diffusion.pictures import save_png
+from sbora_diffusion.records import at_least, at_most
 
 IMAGE_GAIN, TEXT_LOSS = 0.10, 0.05
 MEANS = ("text_alignment", "image_alignment")

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from pocket_evaluation.record import at_most
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.pipeline import DEFAULT_GUIDANCE, DEFAULT_STEPS, draw
 from sbora_diffusion.diffusion.training import ConceptTraining
+from sbora_diffusion.records import at_most
 
 THREADS = 2
 DRAW_SECONDS, STEP_SECONDS = 3.0, 0.6

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from sbora_diffusion.bench.standin import standin, standin_concept
 from sbora_diffusion.core.concept import Concept, sealed
 from sbora_diffusion.core.folded_set import FoldedSet, Weighted
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.targets import target_layers
-from scripts.sd15_standin import standin, standin_concept
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 from tests.diffusion.test_merging import hashes, merge_and_save, outside, tensors
 from tests.diffusion.thin_sd15 import thin_sd15

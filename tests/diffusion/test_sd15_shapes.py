@@ -5,9 +5,9 @@ import hashlib
 import pytest
 import torch
 
+from sbora_diffusion.bench.standin import standin, standin_concept
 from sbora_diffusion.core.folded_set import FoldedSet
 from sbora_diffusion.diffusion.targets import target_layers
-from scripts.sd15_standin import standin, standin_concept
 
 KINDS = (("a", "fa", 0), ("b", "fa", 39), ("c", "fb", 0), ("d", "fb", 39))  # 40 fit into 320
 

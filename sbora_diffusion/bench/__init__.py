@@ -1,0 +1,1 @@
+"""What SBoRA costs beside other adapters: measured, recorded, and drawn from the record alone."""
