@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sbora_diffusion.core.functional import Variant, compute_dtype
-from sbora_diffusion.core.gradients import FULL
 from sbora_diffusion.core.updates import Update
 
 
@@ -228,6 +227,6 @@ def _plus_products(y: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -
     """y + a b in `dtype`, a (C, t, n) and b (C, n, m); without a `y`, the products alone."""
     if y is None:
         return (a @ b).to(dtype)
-    if a.dtype == y.dtype and y.dtype in FULL:
+    if a.dtype == y.dtype:
         return torch.baddbmm(y, a, b)
     return y + (a @ b).to(dtype)
