@@ -4,8 +4,9 @@
     python scripts/study_recipes.py run --device cuda --part 1 --parts 4
     python scripts/study_recipes.py report
 
-`run` trains all subjects of one recipe at once, draws every prompt and judges the pictures; it
-writes one file a recipe. `report` needs all of them and writes results/recipes.json.
+`run` trains all subjects of one recipe at once, each in a slot of its own, draws every prompt with
+each concept alone and with three of them merged into the model, and judges the pictures; it writes
+one file a recipe. `report` needs all of them and writes results/recipes.json.
 """
 
 import argparse
@@ -13,14 +14,14 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from merging_study.plan import part_of
+from merging_study.plan import MIXED, part_of, threes
 from merging_study.statistics import mean_figure
-from PIL import Image
 from recipe_study.plan import RECIPES, SUBJECTS
+from torch import Tensor
 
 from sbora_diffusion.alignment import Judges, load_judges, score, with_article
 from sbora_diffusion.console import quiet_libraries
@@ -30,6 +31,7 @@ from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.group_training import GroupTraining
 from sbora_diffusion.diffusion.lesson import Lesson
+from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.mixed import MixedSampler
 from sbora_diffusion.diffusion.pipeline import decode, draw_latents
 from sbora_diffusion.evaluate import CLASS_WORD, PROMPTS, read_pictures
@@ -44,7 +46,8 @@ FIGURES = ("text_alignment", "pocket-clip", "efficientnet-lite2")
 
 def train(base: Base, subjects: list[Subject], config: TrainConfig) -> list[Concept]:
     """A concept of each subject, all trained in one batch."""
-    training = GroupTraining(base, [Lesson(base, subject, config, 0) for subject in subjects])
+    lessons = [Lesson(base, s, config, slot * config.rank) for slot, s in enumerate(subjects)]
+    training = GroupTraining(base, lessons)
     try:
         for _ in training.steps():
             pass
@@ -55,8 +58,8 @@ def train(base: Base, subjects: list[Subject], config: TrainConfig) -> list[Conc
 
 def drawn(
     base: Base, subjects: list[Subject], concepts: list[Concept], args: argparse.Namespace
-) -> Iterator[tuple[Subject, list[str], list[Image.Image]]]:
-    """Each subject's pictures with the texts that they are judged by.
+) -> Iterator[tuple[Subject, Tensor]]:
+    """Each subject and the latents of its pictures.
 
     Args:
         concepts: one for each subject; none draws the bare class nouns.
@@ -71,10 +74,7 @@ def drawn(
         seeds = [args.seed + k for _ in some for _ in PROMPTS for k in range(args.num)]
         draw = sampler if concepts else draw_latents
         latents = draw(base, prompts, seeds, args.steps, args.guidance, "")
-        each = len(PROMPTS) * args.num
-        for subject, own in zip(some, latents.split(each), strict=True):
-            texts = [p.format(_word(subject, [])) for p in _repeated(args.num)]
-            yield subject, texts, decode(base, own)
+        yield from zip(some, latents.split(len(PROMPTS) * args.num), strict=True)
 
 
 def _repeated(num: int) -> list[str]:
@@ -87,18 +87,37 @@ def _word(subject: Subject, concepts: list[Concept]) -> str:
     return settings.token if concepts else with_article(settings.class_noun)
 
 
-def judged(
+def _score(
+    base: Base, judges: Judges, subject: Subject, latents: Tensor, num: int
+) -> dict[str, float]:
+    """Figures of one subject's pictures, `num` for each prompt."""
+    references = judges.references(read_pictures(subject.images[0].parent))
+    texts = [prompt.format(_word(subject, [])) for prompt in _repeated(num)]
+    means = score(judges, decode(base, latents), texts, references).means()
+    return {"text_alignment": means["text_alignment"], **means["image_alignment"]}
+
+
+def judged_in_threes(
     base: Base, judges: Judges, subjects: list[Subject], concepts: list[Concept], args: Any
 ) -> dict[str, dict[str, float]]:
-    """Subject → figures."""
-    found = {}
-    for subject, texts, pictures in drawn(base, subjects, concepts, args):
-        references = judges.references(read_pictures(subject.images[0].parent))
-        means = score(judges, pictures, texts, references).means()
-        found[subject.settings.name] = {
-            "text_alignment": means["text_alignment"],
-            **means["image_alignment"],
-        }
+    """Three concepts joined by "+" → means over their pictures, all three folded into the base."""
+    by_name = {s.settings.name: (s, c) for s, c in zip(subjects, concepts, strict=True)}
+    categories = {name: subject.settings.category for name, (subject, _) in by_name.items()}
+    model, found = Merged(base), {}
+    for three in threes(categories, seed=0):
+        if three.kind == MIXED:
+            some = [by_name[name] for name in three.concepts]
+            model.switch([(concept, 1.0) for _, concept in some])
+            prompts = [p.format(s.settings.token) for s, _ in some for p in PROMPTS]
+            latents = draw_latents(
+                base, prompts, [args.seed] * len(prompts), args.steps, args.guidance
+            )
+            parts = latents.split(len(PROMPTS))
+            each = [
+                _score(base, judges, s, part, 1) for (s, _), part in zip(some, parts, strict=True)
+            ]
+            found[three.label] = {k: sum(e[k] for e in each) / len(each) for k in FIGURES}
+    model.switch([])
     return found
 
 
@@ -114,11 +133,16 @@ def run(args: argparse.Namespace) -> None:
         if changes is not None:
             concepts = train(base, subjects, TrainConfig(**changes))
         trained = time.monotonic()
-        each = judged(base, judges, subjects, concepts, args)
+        each = {
+            subject.settings.name: _score(base, judges, subject, latents, args.num)
+            for subject, latents in drawn(base, subjects, concepts, args)
+        }
+        merged = judged_in_threes(base, judges, subjects, concepts, args) if concepts else {}
         found = {
             "recipe": name,
             "changes": changes,
             "each": each,
+            "threes": merged,
             "training_seconds": round(trained - began, 1),
             "run": run_of(command(), args.device, time.monotonic() - began, args.commit),
         }
@@ -142,6 +166,9 @@ def report(args: argparse.Namespace) -> None:
                 "recipe": name,
                 "changes": found[name]["changes"],
                 "gain": {k: mean_figure(_gains(found[name], bound, k)) for k in FIGURES},
+                "gain_in_threes": {
+                    k: mean_figure(_in_threes(found[name], bound, k)) for k in FIGURES
+                },
                 "training_seconds": found[name]["training_seconds"],
             }
             for name in order
@@ -150,8 +177,19 @@ def report(args: argparse.Namespace) -> None:
     }
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for row in record["recipes"]:
-        figures = "  ".join(f"{k} {row['gain'][k]['value']:+.3f}" for k in FIGURES)
-        print(f"{row['recipe']:34} {figures}", flush=True)
+        alone, three = (
+            " ".join(f"{row[key][k]['value']:+.3f}" for k in FIGURES)
+            for key in ("gain", "gain_in_threes")
+        )
+        print(f"{row['recipe']:38} alone {alone}  in threes {three}", flush=True)
+
+
+def _figures(
+    found: dict[str, Any],
+    bound: dict[str, Any],
+    values: Callable[[dict[str, Any], dict[str, Any], str], list[float]],
+) -> dict[str, Any]:
+    return {figure: mean_figure(values(found, bound, figure)) for figure in FIGURES}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -160,6 +198,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _gains(found: dict[str, Any], bound: dict[str, Any], figure: str) -> list[float]:
     return [found["each"][name][figure] - own[figure] for name, own in bound["each"].items()]
+
+
+def _in_threes(found: dict[str, Any], bound: dict[str, Any], figure: str) -> list[float]:
+    """Of each three, over the class words of its own subjects."""
+    own = {
+        label: [bound["each"][name][figure] for name in label.split("+")]
+        for label in found["threes"]
+    }
+    return [found["threes"][label][figure] - sum(v) / len(v) for label, v in own.items()]
 
 
 def command() -> str:

@@ -22,8 +22,8 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(4, ge=1, le=1024)
     gradient_accumulation: int = Field(1, ge=1, le=1024)
     rate_tokens: float = Field(1e-2, ge=0, description="learning rate of the placeholder")
-    rate_text_encoder: float = Field(4e-3, ge=0)
-    rate_unet: float = Field(3e-3, ge=0)
+    rate_text_encoder: float = Field(5e-4, ge=0)
+    rate_unet: float = Field(8e-4, ge=0)
     warmup_steps: int = Field(10, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sbora_diffusion.diffusion.config import TrainConfig
+
 SUBJECTS = (
     "blueberrycupcake", "brownhorse", "cuckooclock", "electricguitar", "fedora", "flamingo",
     "floralteapot", "pinkblouse", "poodle", "redsofa", "rucksack", "suitman", "unicorn",
@@ -14,6 +16,7 @@ FORMER = {
     "steps": 300,
     "rate_tokens": 5e-3,
     "rate_text_encoder": 5e-4,
+    "rate_unet": 3e-3,
     "schedule": "cosine",
     "vectors": 1,
 }
@@ -22,15 +25,20 @@ FORMER = {
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "former default": FORMER,
-    **{f"default, but {key} {value}": {key: value} for key, value in FORMER.items()},
+    **{
+        f"default, but {key} {value}": {key: value}
+        for key, value in FORMER.items()
+        if TrainConfig().model_dump()[key] != value
+    },
     "default, but batch_size 8": {"batch_size": 8},
-    "default, but steps 800": {"steps": 800},
-    "default, but rank 32": {"rank": 32},
+    "default, but steps 600": {"steps": 600},
     "default, but vectors 8": {"vectors": 8},
     "default, but rate_unet 0.0015": {"rate_unet": 1.5e-3},
-    "default, but rate_unet 0.006": {"rate_unet": 6e-3},
+    "default, but rate_unet 0.0004": {"rate_unet": 4e-4},
+    "default, but rate_text_encoder 0.004": {"rate_text_encoder": 4e-3},
     "default, but no flip": {"flip": False},
     "default, but targets unet": {"targets": "unet"},
-    "fb": {"variant": "fb", "rate_unet": 1e-3, "rate_text_encoder": 1e-3},
+    "default, but targets cross-attention": {"targets": "cross-attention"},
+    "fb": {"variant": "fb", "rate_unet": 5e-4},
 }
 """Name → what it changes in the default."""
