@@ -16,11 +16,13 @@ from sbora_diffusion.cli_library import inspect, library_app
 from sbora_diffusion.cli_merge import merge
 from sbora_diffusion.console import (
     BaseOption,
+    CompileOption,
     ConfigOption,
     Console,
     DeviceOption,
     Dtype,
     DtypeOption,
+    GraphsOption,
     JsonOption,
     LibraryOption,
     SetOption,
@@ -89,6 +91,8 @@ def train(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.fp32,
+    graphs: GraphsOption = True,
+    compiled: CompileOption = False,
     library: LibraryOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -105,7 +109,7 @@ def train(
     if len(subjects) > 1 and (slot is not None or sample_every):
         raise ConfigError("--slot and --sample-every are for one subject", "leave them out")
     place = _output(output, subjects)
-    model, known = open_base(base or "pocket", device, dtype), Library(library)
+    model, known = open_base(base or "pocket", device, dtype, graphs, compiled), Library(library)
     if len(subjects) > 1:
         done = _train_many(console, model, subjects, recipe, known, place, at_once)
     else:

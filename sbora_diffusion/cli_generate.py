@@ -8,11 +8,13 @@ import typer
 
 from sbora_diffusion.console import (
     BaseOption,
+    CompileOption,
     ConfigOption,
     Console,
     DeviceOption,
     Dtype,
     DtypeOption,
+    GraphsOption,
     JsonOption,
     LibraryOption,
     SetOption,
@@ -60,6 +62,8 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="What not to draw")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.fp32,
+    graphs: GraphsOption = True,
+    compiled: CompileOption = False,
     library: LibraryOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -76,7 +80,7 @@ def generate(
     check_writable(files[0])
     boxes = _boxes(region or [], auto_regions)
     pipeline, active, called = _prepare(
-        console, prompt, concept or [], base, device, dtype, Library(library)
+        console, prompt, concept or [], base, Library(library), (device, dtype, graphs, compiled)
     )
     sampler, placed = _sampler(pipeline, boxes, auto_regions)
     with console.progress("drawing") as bar:
@@ -93,9 +97,8 @@ def _prepare(
     prompt: str,
     specs: list[str],
     reference: str | None,
-    device: str | None,
-    dtype: Dtype,
     library: Library,
+    running: tuple[str | None, Dtype, bool, bool],
 ) -> tuple["ConceptPipeline", "list[Weighted]", "list[Source]"]:
     """The base with the concepts that --concept and the prompt ask for; what these are, with their
     weights; and those among them that only the prompt asks for."""
@@ -107,7 +110,7 @@ def _prepare(
     given = load_selection(specs, library)
     named = next((c.meta.base_name for c, _ in given.concepts if c.meta.base_name), None)
     named = reference or named or base_called(prompt, library) or "pocket"
-    pipeline = ConceptPipeline(open_base(named, device, dtype))
+    pipeline = ConceptPipeline(open_base(named, *running))
     router = Router(pipeline, sources(library, pipeline.base), given.concepts)
     for line in unknown_tokens(router, prompt, library):
         console.warn(line)

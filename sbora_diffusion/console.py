@@ -56,6 +56,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("-s", "--set", metavar="KEY=VALUE", help="One setting; may be repeated"),
 ]
+GraphsOption = Annotated[
+    bool, typer.Option(help="On CUDA, record the work once and replay it, which is faster")
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile", help="Run UNet and text encoder through torch.compile"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
 
 
@@ -128,12 +135,18 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def open_base(reference: str, device: str | None, dtype: str = "fp32") -> "Base":
+def open_base(
+    reference: str,
+    device: str | None,
+    dtype: str = "fp32",
+    graphs: bool = True,
+    compiled: bool = False,
+) -> "Base":
     """Load a base, quietly."""
     quiet_libraries()
-    from sbora_diffusion.diffusion import bases
+    from sbora_diffusion.diffusion import bases, runtime
 
-    return bases.load_base(reference, device, dtype)
+    return bases.load_base(reference, device, dtype, runtime.Runtime(graphs, compiled))
 
 
 def read_settings(

@@ -15,6 +15,7 @@ def mixed_rows(
     layers: Mapping[str, nn.Module],
     banks: Mapping[str, Sequence[Bank]],
     rows: Tensor | None = None,
+    steady: bool = True,
 ) -> Iterator[None]:
     """Within, each row of a batch gets the update of its own concept, on top of the layer's output.
 
@@ -28,13 +29,24 @@ def mixed_rows(
         rows: (B,), int64, the entry of each row, −1 for none. A batch of n · B rows is n such
             batches one after another, as guidance makes them. Without it consecutive rows share an
             entry, see `sbora_rows`.
+        steady: banks and rows stay what they are, so that without gradients each row's own part is
+            gathered once, not in each call.
     """
     with ExitStack() as hooks:
         for name, parts in banks.items():
-            mixed = _Mixed(parts, rows)
+            mixed = _Mixed(parts, rows, steady)
             hooks.enter_context(_removed(layers[name].register_forward_pre_hook(mixed.before)))
             hooks.enter_context(_removed(layers[name].register_forward_hook(mixed.after)))
         yield
+
+
+def mixed_tensors(layer: nn.Module) -> list[Tensor] | None:
+    """All that the rows' updates of a layer are computed from; None if it has other hooks."""
+    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    mixed = [getattr(hook, "__self__", None) for hook in hooks]
+    if not all(isinstance(owner, _Mixed) for owner in mixed):
+        return None
+    return [tensor for owner in mixed if isinstance(owner, _Mixed) for tensor in owner.tensors()]
 
 
 @contextmanager
@@ -48,10 +60,14 @@ def _removed(handle: Any) -> Iterator[None]:
 class _Mixed:
     """The second path of one layer."""
 
-    def __init__(self, banks: Sequence[Bank], rows: Tensor | None) -> None:
-        self._banks, self._rows = banks, rows
+    def __init__(self, banks: Sequence[Bank], rows: Tensor | None, steady: bool) -> None:
+        self._banks, self._rows, self._steady = banks, rows, steady
         self._selected: dict[int, list[Bank]] = {}
         self._open: list[tuple[Bank, Tensor]] = []
+
+    def tensors(self) -> list[Tensor]:
+        banks = [t for bank in self._banks for t in (bank.factor, bank.indices, bank.scale)]
+        return banks if self._rows is None else [*banks, self._rows]
 
     def before(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = inputs
@@ -71,11 +87,12 @@ class _Mixed:
         """The banks with one entry for each of `count` rows."""
         if self._rows is None:
             return self._banks
-        if count in self._selected and not torch.is_grad_enabled():
+        keep = self._steady and not torch.is_grad_enabled()
+        if keep and count in self._selected:
             return self._selected[count]
         assert count % len(self._rows) == 0, f"{count} rows, {len(self._rows)} have their concept"
         rows = self._rows.repeat(count // len(self._rows))
         selected = [bank.select(rows) for bank in self._banks]
-        if not torch.is_grad_enabled():
+        if keep:
             self._selected[count] = selected
         return selected

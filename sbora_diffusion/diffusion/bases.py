@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from diffusers import StableDiffusionPipeline
 from sbora_diffusion.core.concept import public_base_name
 from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
 from sbora_diffusion.core.fingerprint import Fingerprint, fingerprint
+from sbora_diffusion.diffusion.drawing import RecordedUNet
+from sbora_diffusion.diffusion.graphs import device_obstacle
+from sbora_diffusion.diffusion.runtime import USUAL, Runtime, compile_in_place
 from sbora_diffusion.diffusion.targets import target_layers
 
 POCKET = Path(__file__).parent.parent / "pocket"
@@ -38,12 +41,16 @@ class Base:
         reference: what the user gave: "pocket", a folder, a hub id or a file.
         pipeline: stock diffusers; concepts are attached to or folded into it.
         folded: whether concepts are folded into its weights now.
+        runtime: how its models are run.
+        recorded: its UNet's calls while pictures are drawn, as CUDA graphs.
     """
 
     reference: str
     pipeline: StableDiffusionPipeline
     family: str
     folded: bool = False
+    runtime: Runtime = USUAL
+    recorded: RecordedUNet = field(default_factory=RecordedUNet, init=False, repr=False)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -63,6 +70,12 @@ class Base:
         return public_base_name(self.reference)
 
     @property
+    def repeats(self) -> bool:
+        """Whether what is computed once is computed again by the same recorded or compiled code."""
+        unrecorded = device_obstacle(self.device, self.runtime.graphs)
+        return self.runtime.compiled or unrecorded is None
+
+    @property
     def resolution(self) -> int:
         """Pixels a side that the model was made for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
@@ -79,13 +92,19 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_base(reference: str = "pocket", device: str | None = None, dtype: str = "fp32") -> Base:
+def load_base(
+    reference: str = "pocket",
+    device: str | None = None,
+    dtype: str = "fp32",
+    runtime: Runtime = USUAL,
+) -> Base:
     """Load a base model, ready for inference.
 
     Args:
         reference: "pocket", a folder in diffusers layout, a hub id, or a `.safetensors` checkpoint.
         device: e.g. "cuda" or "cpu"; the best one present by default.
         dtype: "fp32", "fp16" or "bf16".
+        runtime: how its models are run.
 
     Raises:
         ConfigError: nothing is there under this reference, or the device is missing.
@@ -104,7 +123,10 @@ def load_base(reference: str = "pocket", device: str | None = None, dtype: str =
         raise ConfigError(
             f"device {device!r} cannot be used: {error}", "try --device cpu"
         ) from error
-    return Base(reference, pipeline, _family(reference, pipeline))
+    if runtime.compiled:
+        compile_in_place(pipeline.unet)
+        compile_in_place(pipeline.text_encoder)
+    return Base(reference, pipeline, _family(reference, pipeline), runtime=runtime)
 
 
 def _read(reference: str, dtype: torch.dtype) -> StableDiffusionPipeline:

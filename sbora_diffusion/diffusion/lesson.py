@@ -13,7 +13,7 @@ from sbora_diffusion.diffusion.bases import DTYPES, Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import Example, load_examples, to_tensor
-from sbora_diffusion.diffusion.noise import NoisedBatch, Objective
+from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.pipeline import draw, encode
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import word_vectors
@@ -27,7 +27,7 @@ class Stream:
     """Batches of encoded pictures, drawn by one generator.
 
     Attributes:
-        latents: (N, C, H, W), scaled.
+        latents: (N, C, H, W), scaled, on the CPU.
         captions: those of each picture, one of which is drawn.
     """
 
@@ -35,11 +35,11 @@ class Stream:
     captions: list[tuple[str, ...]]
     generator: Generator
 
-    def draw(self, objective: Objective, batch_size: int) -> tuple[NoisedBatch, list[str]]:
+    def draw(self, objective: Objective, batch_size: int) -> tuple[Draw, list[str]]:
         """The next batch and its captions."""
         rows = torch.randint(len(self.latents), (batch_size,), generator=self.generator)
         words = [_choose(self.captions[row], self.generator) for row in rows.tolist()]
-        return objective.draw(self.latents[rows.to(self.latents.device)], self.generator), words
+        return objective.draw(self.latents[rows], self.generator), words
 
 
 class Lesson:
@@ -82,7 +82,7 @@ class Lesson:
 
     def _stream(self, examples: list[Example], generator: Generator) -> Stream:
         latents = encode(self.base, torch.stack([example.pixels for example in examples]))
-        return Stream(latents, [example.captions for example in examples], generator)
+        return Stream(latents.cpu(), [example.captions for example in examples], generator)
 
     def _prior_examples(self) -> list[Example]:
         """Pictures of the bare class noun, drawn by the frozen base."""

@@ -1,6 +1,6 @@
 """Drawing prompts that call different concepts in one pass of the pipeline."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from sbora_diffusion.core.mixed_layers import mixed_rows
 from sbora_diffusion.core.updates import Update
 from sbora_diffusion.diffusion.adapters import refuse_misfits
 from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.drawing import Kept
 from sbora_diffusion.diffusion.pipeline import draw_latents, token_vectors
 from sbora_diffusion.diffusion.prompts import tokens_in
 from sbora_diffusion.diffusion.targets import target_layers
@@ -53,18 +54,25 @@ class MixedSampler:
             raise ConfigError(
                 f"{found[0]} in a negative prompt for different concepts", "draw them one by one"
             )
-        with mixed_concepts(base, [self._concepts_for(prompt) for prompt in prompts]):
+        concepts = [self._concepts_for(prompt) for prompt in prompts]
+        with mixed_concepts(base, concepts, base.recorded.kept if base.repeats else None):
             return draw_latents(
                 base, prompts, seeds, steps, guidance, negative_prompt, on_step, size
             )
 
 
 @contextmanager
-def mixed_concepts(base: Base, rows: Sequence[Sequence[Weighted]]) -> Iterator[None]:
+def mixed_concepts(
+    base: Base, rows: Sequence[Sequence[Weighted]], kept: Kept | None = None
+) -> Iterator[None]:
     """Within, row k of a batch has the concepts rows[k], in text encoder and UNet.
 
     Batches have len(rows) rows or a multiple, row k + len(rows) being another half of row k. What
     is attached or folded already acts on all rows.
+
+    Args:
+        kept: where factors and indices are put, so that what was recorded or compiled for one
+            batch computes others of its shape; such blocks cannot be nested.
 
     Raises:
         BaseMismatch: a concept belongs to another base.
@@ -80,11 +88,15 @@ def mixed_concepts(base: Base, rows: Sequence[Sequence[Weighted]]) -> Iterator[N
         entries.setdefault(_key(row), sorted(row, key=lambda pair: pair[0].meta.digest))
     order = list(entries)
     chosen = torch.tensor([order.index(_key(row)) for row in rows], device=base.device)
-    banks = _banks(base, list(entries.values()))
+    if kept is None:
+        banks = _banks(base, list(entries.values()))
+    else:
+        unused: list[list[Weighted]] = [[]] * (len(rows) - len(entries))
+        banks, chosen = _placed(_banks(base, [*entries.values(), *unused]), chosen, kept)
     tokens = PlaceholderTokens(base.pipeline)
     tokens.add(vectors)
     try:
-        with mixed_rows(target_layers(base.pipeline), banks, chosen):
+        with mixed_rows(target_layers(base.pipeline), banks, chosen, steady=kept is None):
             yield
     finally:
         tokens.set({})
@@ -127,6 +139,22 @@ def _banks(base: Base, entries: Sequence[Sequence[Weighted]]) -> dict[str, list[
                 bank = stacked(variant, of_variant, shape, layer.weight)
                 banks.setdefault(name, []).append(bank)
     return banks
+
+
+def _placed(
+    banks: Mapping[str, Sequence[Bank]], rows: Tensor, kept: Kept
+) -> tuple[dict[str, list[Bank]], Tensor]:
+    """The same banks and rows, in tensors that stay."""
+    flat = [t for own in banks.values() for bank in own for t in _tensors(bank)]
+    rows, *placed = kept.put([rows, *flat])
+    parts = iter(zip(*[iter(placed)] * 3, strict=True))
+    return {
+        name: [Bank(bank.variant, *next(parts)) for bank in own] for name, own in banks.items()
+    }, rows
+
+
+def _tensors(bank: Bank) -> tuple[Tensor, Tensor, Tensor]:
+    return bank.factor, bank.indices, bank.scale
 
 
 def _of_variant(group: Sequence[Update], variant: Variant) -> list[Update]:

@@ -1,6 +1,7 @@
 """The denoising objective, for noise prediction and v-prediction."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
@@ -17,6 +18,15 @@ class NoisedBatch:
     weight: Tensor  # (B,)
 
 
+class Draw(NamedTuple):
+    """Clean latents, and what is drawn for them."""
+
+    latents: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    timesteps: Tensor  # (B,)
+    weight: Tensor  # (B,)
+
+
 class Objective:
     """Draws noise and timesteps on the CPU, so that every device sees the same.
 
@@ -30,9 +40,10 @@ class Objective:
         self.scheduler = DDPMScheduler.from_config(scheduler_config)
         self.noise_offset, self.min_snr_gamma = noise_offset, min_snr_gamma
         self.velocity = self.scheduler.config.prediction_type == "v_prediction"
+        self._alphas = self.scheduler.alphas_cumprod  # the scheduler's own moves to the device
 
-    def draw(self, latents: Tensor, generator: Generator) -> NoisedBatch:
-        """Noise a batch of clean latents (B, C, H, W)."""
+    def draw(self, latents: Tensor, generator: Generator) -> Draw:
+        """What a batch of clean latents (B, C, H, W) is noised with, on their device."""
         noise = torch.randn(latents.shape, generator=generator)
         if self.noise_offset:
             shape = (*latents.shape[:2], 1, 1)
@@ -40,20 +51,24 @@ class Objective:
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, steps, latents.shape[:1], generator=generator)
         weight = self._weight(timesteps).to(latents.device)
-        noise, timesteps = noise.to(latents), timesteps.to(latents.device)
+        return Draw(latents, noise.to(latents), timesteps.to(latents.device), weight)
+
+    def noised(self, draw: Draw) -> NoisedBatch:
+        """Clean latents with the noise that was drawn for them."""
+        latents, noise, timesteps, weight = draw
         noised = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps) if self.velocity else noise
         return NoisedBatch(noised, timesteps, target, weight)
 
-    def loss(self, predicted: Tensor, batch: NoisedBatch) -> Tensor:
-        """Weighted mean squared error in fp32."""
+    def errors(self, predicted: Tensor, batch: NoisedBatch) -> Tensor:
+        """(B,), the weighted mean squared error of each sample, in fp32."""
         error = (predicted.float() - batch.target.float()).square().mean(dim=(1, 2, 3))
-        return (error * batch.weight).mean()
+        return error * batch.weight
 
     def _weight(self, timesteps: Tensor) -> Tensor:
         if self.min_snr_gamma is None:
             return torch.ones(len(timesteps))
-        alphas = self.scheduler.alphas_cumprod[timesteps].clamp(1e-8, 1 - 1e-8)
+        alphas = self._alphas[timesteps].clamp(1e-8, 1 - 1e-8)
         snr = alphas / (1 - alphas)
         clamped = snr.clamp_max(self.min_snr_gamma)
         return clamped / (snr + 1 if self.velocity else snr)

@@ -265,16 +265,17 @@ def sample(
         return values
 
     height, width = size or (None, None)
-    return base.pipeline(
-        **texts,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        callback_on_step_end=after_step,
-    ).images
+    with base.recorded.replaying(base.pipeline.unet, base.runtime.graphs):
+        return base.pipeline(
+            **texts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="latent",
+            callback_on_step_end=after_step,
+        ).images
 
 
 @torch.no_grad()

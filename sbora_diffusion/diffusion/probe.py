@@ -30,8 +30,8 @@ def denoising_error(base: Base, pictures: Sequence[Tensor], caption: str, seed: 
     states, _ = pipeline.encode_prompt(caption, base.device, 1, False)
     losses = []
     for _ in range(DRAWS):
-        batch = objective.draw(latents, generator)
+        batch = objective.noised(objective.draw(latents, generator))
         told = states.expand(len(latents), -1, -1)
         predicted = pipeline.unet(batch.noised, batch.timesteps, told).sample
-        losses.append(objective.loss(predicted, batch))
+        losses.append(objective.errors(predicted, batch).mean())
     return torch.stack(losses).mean().item()

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, device_obstacle
 from sbora_diffusion.diffusion.lesson import Lesson, Stream
-from sbora_diffusion.diffusion.noise import NoisedBatch, Objective
+from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens
 
 
@@ -38,6 +40,16 @@ class StepRecord:
     losses: tuple[float, ...] = ()
 
 
+class Batch(NamedTuple):
+    """What one pass learns from, on the CPU: rows of the lessons in order, as many of each."""
+
+    ids: Tensor  # (B, words)
+    latents: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    timesteps: Tensor  # (B,)
+    weight: Tensor  # (B,)
+
+
 class TrainingLoop:
     """Lessons that are learned together, each from its own stream of batches.
 
@@ -48,6 +60,9 @@ class TrainingLoop:
         base: unadapted; `close()` gives it back as it was.
         lessons: at least one; they agree in all settings that the loop itself reads.
 
+    Attributes:
+        obstacle: why forward and backward pass are not replayed as a CUDA graph; None if they are.
+
     Raises:
         ConflictError: a placeholder is in the base's vocabulary; nothing was changed.
     """
@@ -55,6 +70,8 @@ class TrainingLoop:
     def __init__(self, base: Base, lessons: Sequence[Lesson]):
         self.base, self.lessons, self.config = base, lessons, lessons[0].config
         self.accelerator = _accelerator(base, self.config)
+        self.obstacle = self._obstacle()
+        self._token_ids = cache(self._encoded)
         self._attach()
 
     def _put_in(self) -> None:
@@ -114,19 +131,22 @@ class TrainingLoop:
             self.base.pipeline.unet, self.base.pipeline.text_encoder, optimizer
         )
         parameters = [p for group in groups for p in group["params"]]
+        learn = self._recorded(partial(self._learn, unet, text_encoder, objective), parameters)
+        batches = self._batches(objective, streams)
         for step in range(1, config.steps + 1):
             began, totals = time.monotonic(), [0.0] * len(streams)
             self._train_mode(True)
             for _ in range(config.gradient_accumulation):
                 with accelerator.accumulate(unet):
-                    losses = self._all_losses(unet, text_encoder, objective, streams)
+                    losses = torch.stack([learn(*batch) for batch in batches]).sum(0)
+                    batches = self._batches(objective, streams)  # while the device works
                     for k, loss in enumerate(losses.tolist()):
                         totals[k] += self._finite(loss, step) / config.gradient_accumulation
-                    accelerator.backward(losses.sum())
                     if accelerator.sync_gradients:
                         self._clip(parameters)
                     optimizer.step()
-                    optimizer.zero_grad()
+                    optimizer.zero_grad(set_to_none=learn.obstacle is not None)
+            self.obstacle = learn.obstacle
             self._after_step()
             rate = schedule.get_last_lr()[0] / groups[0]["initial_lr"]
             schedule.step()
@@ -134,45 +154,63 @@ class TrainingLoop:
             mean, seconds = sum(totals) / len(totals), time.monotonic() - began
             yield StepRecord(step, config.steps, mean, rate, seconds, tuple(totals))
 
-    def _all_losses(
-        self,
-        unet: nn.Module,
-        text_encoder: nn.Module,
-        objective: Objective,
-        streams: list[list[Stream]],
+    def _obstacle(self) -> Obstacle | None:
+        config = self.config
+        reasons = {
+            Obstacle.DROPOUT: config.dropout > 0.0,
+            Obstacle.CHECKPOINTING: config.gradient_checkpointing,
+            Obstacle.LOSS_SCALE: config.mixed_precision == "fp16",
+            Obstacle.DISTRIBUTED: self.accelerator.num_processes > 1,
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), None)
+        return device_obstacle(self.base.device, self.base.runtime.graphs) or found
+
+    def _recorded(self, learn: Callable[..., Tensor], parameters: list[nn.Parameter]) -> Recorded:
+        """`learn`, with gradients that stay where they are if it is to be recorded."""
+        gradients = []
+        if self.obstacle is None:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        return Recorded(learn, self.base.device, self.obstacle, gradients)
+
+    def _learn(
+        self, unet: nn.Module, text_encoder: nn.Module, objective: Objective, *batch: Tensor
     ) -> Tensor:
-        """(lessons,), the loss of each, that of its prior pictures included."""
-        own, *prior = zip(*streams, strict=True)
-        losses = torch.stack(self._losses(unet, text_encoder, objective, own))
-        for kind in prior:
-            extra = torch.stack(self._losses(unet, text_encoder, objective, kind))
-            losses = losses + self.config.prior_weight * extra
-        return losses
+        """(lessons,), the loss of each; adds to the gradients."""
+        losses = self._losses(unet, text_encoder, objective, Batch(*batch))
+        self.accelerator.backward(losses.sum())
+        return losses.detach()
 
     def _losses(
-        self,
-        unet: nn.Module,
-        text_encoder: nn.Module,
-        objective: Objective,
-        streams: Sequence[Stream],
-    ) -> list[Tensor]:
-        """The loss on a batch from each stream, all in one pass; their rows stand in order."""
-        drawn = [stream.draw(objective, self.config.batch_size) for stream in streams]
-        batches = [batch for batch, _ in drawn]
-        states = text_encoder(self._ids([word for _, words in drawn for word in words]))[0]
-        noised = torch.cat([batch.noised for batch in batches])
-        timesteps = torch.cat([batch.timesteps for batch in batches])
-        predicted = unet(noised, timesteps, states.to(noised.dtype)).sample
-        return _each(objective, predicted, batches)
+        self, unet: nn.Module, text_encoder: nn.Module, objective: Objective, batch: Batch
+    ) -> Tensor:
+        """(lessons,), the loss of each; all in one pass."""
+        ids, *draw = batch
+        noised = objective.noised(Draw(*draw))
+        states = text_encoder(ids)[0].to(noised.noised.dtype)
+        predicted = unet(noised.noised, noised.timesteps, states).sample
+        return objective.errors(predicted, noised).view(len(self.lessons), -1).mean(1)
 
-    def _ids(self, words: list[str]) -> Tensor:
+    def _batches(self, objective: Objective, streams: list[list[Stream]]) -> list[Batch]:
+        """The next batch of the lessons' own pictures and, if there are any, of prior ones."""
+        own, *prior = [self._batch(objective, kind) for kind in zip(*streams, strict=True)]
+        share = self.config.prior_weight
+        return [own, *(batch._replace(weight=share * batch.weight) for batch in prior)]
+
+    def _batch(self, objective: Objective, streams: Sequence[Stream]) -> Batch:
+        drawn = [stream.draw(objective, self.config.batch_size) for stream in streams]
+        ids = torch.stack([self._token_ids(word) for _, words in drawn for word in words])
+        return Batch(ids, *map(torch.cat, zip(*(draw for draw, _ in drawn), strict=True)))
+
+    def _encoded(self, words: str) -> Tensor:
         pipeline = self.base.pipeline
         words = pipeline.maybe_convert_prompt(words, pipeline.tokenizer)
         encoded = pipeline.tokenizer(
             words, padding="max_length", truncation=True, return_tensors="pt",
             max_length=pipeline.tokenizer.model_max_length,
         )  # fmt: skip
-        return encoded.input_ids.to(self.base.device)
+        return encoded.input_ids[0]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rates = {"unet": self.config.rate_unet, "text_encoder": self.config.rate_text_encoder}
@@ -215,11 +253,6 @@ class TrainingLoop:
             self.base.pipeline.text_encoder.gradient_checkpointing_disable()
         self._take_out()
         self.tokens.set({})
-
-
-def _each(objective: Objective, predicted: Tensor, batches: list[NoisedBatch]) -> list[Tensor]:
-    parts = predicted.split([len(batch.noised) for batch in batches])
-    return [objective.loss(part, batch) for part, batch in zip(parts, batches, strict=True)]
 
 
 def _accelerator(base: Base, config: TrainConfig) -> Accelerator:

@@ -20,7 +20,7 @@ def scheduler(prediction: str):
 def test_the_objective_agrees_with_its_formulas(prediction):
     latents = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     objective = Objective(scheduler(prediction).config, 0.0, 5.0)
-    batch = objective.draw(latents, torch.Generator().manual_seed(0))
+    batch = objective.noised(objective.draw(latents, torch.Generator().manual_seed(0)))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     alpha = scheduler(prediction).alphas_cumprod[batch.timesteps].double().view(-1, 1, 1, 1)
     noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -36,9 +36,9 @@ def test_the_objective_agrees_with_its_formulas(prediction):
 def test_the_loss_is_the_weighted_mean_of_the_squared_errors():
     objective = Objective(scheduler("epsilon").config, 0.0, None)
     latents = torch.zeros(2, 4, 8, 8)
-    batch = objective.draw(latents, torch.Generator().manual_seed(0))
+    batch = objective.noised(objective.draw(latents, torch.Generator().manual_seed(0)))
     assert batch.weight.tolist() == [1, 1]
-    assert objective.loss(batch.target + 2, batch).item() == pytest.approx(4)
+    assert objective.errors(batch.target + 2, batch).tolist() == pytest.approx([4, 4])
 
 
 def test_the_noise_offset_is_constant_over_each_channel():
@@ -48,6 +48,6 @@ def test_the_noise_offset_is_constant_over_each_channel():
         )
         for offset in (0.0, 0.5)
     )
-    shift = shifted.target - plain.target
+    shift = shifted.noise - plain.noise
     assert shift.abs().max() > 0.1
     torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), rtol=0, atol=1e-6)

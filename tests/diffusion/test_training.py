@@ -187,17 +187,17 @@ def fixed_noise(seed):
 def one_half(training, draws):
     plain = ConceptTraining._losses
 
-    def losses(unet, text_encoder, objective, streams):
-        (stream,) = streams
-        again = [dataclasses.replace(stream, generator=next(draws))]
-        return plain(training, unet, text_encoder, objective, again)
+    def losses(unet, text_encoder, objective, _):
+        ((stream,),) = [lesson.streams() for lesson in training.lessons]
+        again = dataclasses.replace(stream, generator=next(draws))
+        return plain(training, unet, text_encoder, objective, training._batch(objective, [again]))
 
     return losses
 
 
 def both_halves(training, draws):
     half = one_half(training, draws)
-    return lambda *inputs: [(half(*inputs)[0] + half(*inputs)[0]) / 2]
+    return lambda *inputs: (half(*inputs) + half(*inputs)) / 2
 
 
 def record_gradients(training) -> list[torch.Tensor]:

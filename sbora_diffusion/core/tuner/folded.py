@@ -98,6 +98,7 @@ class FoldedForm:
 
     def __init__(self, layer: SboraLinear, adapter: str) -> None:
         self.layer, self.adapter = layer, adapter
+        self._indices = layer.sbora_indices[adapter].to(torch.int64, copy=True)
         self._originals: Originals | None = None  # none: the weight is the base's own
         self._place: tuple[Any, ...] = ()
         self._version = -1
@@ -114,13 +115,12 @@ class FoldedForm:
 
     def output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One GEMM; without gradients a plain call of the base layer."""
-        layer, name = self.layer, self.adapter
-        base: Any = layer.base_layer
+        base: Any = self.layer.base_layer
         if args or kwargs or not torch.is_grad_enabled():
             return base(x, *args, **kwargs)
-        factor, scale = layer.sbora_factor[name], layer.scale(name)
-        variant, weights = layer.configs[name].variant, (base.weight, base.bias)
-        return folded_linear(variant, x, factor, *weights, self._indices, scale)
+        # Nothing is looked up by the adapter's name: another concept's runs the same compiled code.
+        weights = base.weight, base.bias
+        return folded_linear(self._variant, x, self._trained, *weights, self._indices, self._scale)
 
     def restore(self) -> None:
         """Put the original columns or rows back, bit for bit."""
@@ -144,14 +144,23 @@ class FoldedForm:
 
     def _fold(self) -> None:
         layer, name = self.layer, self.adapter
-        self._indices = layer.sbora_indices[name].long()  # which kernels take without a cast
+        self._indices = self._indices_now()
+        self._trained = self._factor()
+        self._variant, self._scale = layer.configs[name].variant, layer.scale(name)
         # The update sees the factor change, and restoring reads the kept blocks alone.
-        factor = self._factor().detach()
-        variant, scale = layer.configs[name].variant, layer.scale(name)
-        update = Update(name, variant, self._indices, factor, scale)
+        factor = self._trained.detach()
+        update = Update(name, self._variant, self._indices, factor, self._scale)
         change = prepare(layer.linear().weight, Originals(), [update])
         self._originals = change.originals  # first: it undoes a write that is interrupted
         commit([change])
+
+    def _indices_now(self) -> Tensor:
+        """The indices as kernels take them without a cast, where they were before: a recording of
+        the layer's work may read them there."""
+        indices = self.layer.sbora_indices[self.adapter]
+        if self._indices.device == indices.device:
+            return self._indices.copy_(indices)
+        return indices.to(torch.int64, copy=True)
 
     def _factor(self) -> nn.Parameter:
         return self.layer.sbora_factor[self.adapter]

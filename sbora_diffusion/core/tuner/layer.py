@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.core.allocation import indices_for
 from sbora_diffusion.core.errors import ConfigError
-from sbora_diffusion.core.functional import (
-    SBORA,
-    Variant,
-    branch,
-    delta_weight,
-    join,
-    scaling,
-)
+from sbora_diffusion.core.functional import SBORA, Variant, branch, delta_weight, join, scaling
 from sbora_diffusion.core.merging import Originals, fold, refold
 from sbora_diffusion.core.tuner.config import SboraConfig
 from sbora_diffusion.core.updates import Update
@@ -114,9 +107,7 @@ class SboraLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.form is not None and self.form.settle():
             return self.form.output(x, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        live = [] if self.disable_adapters else self._live()
+        live = self._live()
         if self.gate is not None:
             y = self.base_layer(x, *args, **kwargs)
             for name in live:
@@ -140,8 +131,18 @@ class SboraLinear(nn.Module, BaseTunerLayer):
     def _add(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         return SBORA[self._variant(name)](y, x, *self._term(name), self._dropout(name))
 
+    def makeup(self) -> tuple[Any, ...]:
+        """What beside tensors decides the output, a gate excepted: the terms after the base's."""
+        if self.form is not None and self.form.settle():
+            return ()
+        return tuple((n, self._variant(n), self.scale(n), self._dropout(n)) for n in self._live())
+
     def _live(self) -> list[str]:
-        """The active adapters that are not folded."""
+        """The active adapters that are not folded; folded ones that are disabled are taken out."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
         return [name for name in self._present() if name not in self._folded]
 
     def _variant(self, name: str) -> Variant:
