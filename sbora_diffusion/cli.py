@@ -33,6 +33,7 @@ from sbora_diffusion.console import (
 )
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.library import Library, Reservation
+from sbora_diffusion.workers import slots_of, this_worker
 
 if TYPE_CHECKING:
     from sbora_diffusion.diffusion.bases import Base
@@ -83,7 +84,10 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Indices per layer")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
-    slot: Annotated[int | None, typer.Option(help="By default the next free one")] = None,
+    slot: Annotated[
+        int | None,
+        typer.Option(help="By default the next free one; several subjects take those that follow"),
+    ] = None,
     sample_every: Annotated[int, typer.Option(min=0, help="Draw every N steps, 0: never")] = 0,
     at_once: Annotated[
         int | None,
@@ -105,19 +109,22 @@ def train(
     console = Console(as_json)
     flags = {"variant": variant, "rank": rank, "steps": steps, "seed": seed}
     recipe = read_settings(TrainConfig, config, settings, flags)
-    subjects = [read_subject(folder) for folder in folders]
-    if len(subjects) > 1 and (slot is not None or sample_every):
-        raise ConfigError("--slot and --sample-every are for one subject", "leave them out")
+    subjects, worker = [read_subject(folder) for folder in folders], this_worker()
+    if len(subjects) > 1 and sample_every:
+        raise ConfigError("--sample-every is for one subject", "leave it out")
     place = _output(output, subjects)
+    slots = slots_of([subject.settings.name for subject in subjects], slot, worker)
+    several, subjects = len(subjects) > 1, worker.share(subjects)
+    device = worker.device(device)
     model, known = open_base(base or "pocket", device, dtype, graphs, compiled), Library(library)
-    if len(subjects) > 1:
-        done = _train_many(console, model, subjects, recipe, known, place, at_once)
+    if several:
+        done = _train_many(console, model, subjects, recipe, known, place, at_once, slots)
     else:
         done = [_train_one(console, model, subjects[0], recipe, known, place, slot, sample_every)]
     for result, subject in zip(done, subjects, strict=True):
         _say_trained(console, result, subject, base)
     shown = [_trained(result, subject) for result, subject in zip(done, subjects, strict=True)]
-    document = shown[0] if len(shown) == 1 else {"concepts": shown}
+    document = {"concepts": shown} if several else shown[0]
     console.result({**document, "training": recipe.model_dump(mode="json")})
 
 
@@ -202,6 +209,7 @@ def _train_many(
     library: Library,
     folder: Path,
     at_once: int | None,
+    slots: dict[str, int] | None,
 ) -> list["TrainResult"]:
     from sbora_diffusion.group_jobs import train_concepts
 
@@ -214,6 +222,7 @@ def _train_many(
             library=library,
             folder=folder,
             at_once=at_once,
+            slots=slots,
             on_start=lambda size: console.say(f"{len(subjects)} subjects, {size} at once, {what}"),
             on_step=lambda done, total, loss: bar(done, total, f"loss {loss:.3f}"),
         )

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ def train_concepts(
     library: Library,
     folder: Path,
     at_once: int | None = None,
+    slots: Mapping[str, int] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> list[TrainResult]:
@@ -39,6 +40,7 @@ def train_concepts(
     Args:
         at_once: concepts in a group; by default one on a CPU, where a group is no faster, else up
             to 16. A recipe that cannot be shared trains one after another.
+        slots: name → explicit slot, see `jobs.train_concept`; the library's choice by default.
         on_start: called with the size of the groups, before the first trains.
         on_step: called with (steps done, steps in all, mean loss), over all groups.
 
@@ -58,13 +60,13 @@ def train_concepts(
     groups = [subjects[k : k + size] for k in range(0, len(subjects), size)]
     results: list[TrainResult] = []
     widths = index_widths(base, config)
-    with reserved(library, base.key, config.variant, names, config.rank, widths) as held:
+    with reserved(library, base.key, config.variant, names, config.rank, widths, slots) as held:
         if on_start:
             on_start(size)
         for number, group in enumerate(groups):
             report = _reporter(on_step, number, len(groups))
             if len(group) == 1:
-                results.append(_train_one(base, group[0], config, library, folder, report))
+                results.append(_train_one(base, group[0], config, library, folder, held, report))
             else:
                 results += _train_group(base, group, config, library, folder, held, report)
             held.finished.update(subject.settings.name for subject in group)
@@ -92,6 +94,7 @@ def _train_one(
     config: TrainConfig,
     library: Library,
     folder: Path,
+    held: Held,
     report: Callable[[int, int, float], None],
 ) -> TrainResult:
     return train_concept(
@@ -100,6 +103,7 @@ def _train_one(
         config,
         library=library,
         output=_file(folder, subject.settings.name),
+        slot=held.ranges[subject.settings.name].slot,
         on_record=lambda record: report(record.step, record.steps, record.loss),
     )
 
@@ -117,9 +121,10 @@ def _train_group(
     concepts, losses = _learn(base, subjects, config, [r.start for r in ranges], report)
     files = [_file(folder, concept.meta.name) for concept in concepts]
     with library.together() as joined, _written(list(zip(files, concepts, strict=True))):
-        for file, concept in zip(files, concepts, strict=True):
+        for file, concept, range_ in zip(files, concepts, ranges, strict=True):
             meta, token = concept.meta, concept.meta.tokens[0].token
-            joined.record(base.key, meta.variant, meta.name, file, meta.digest, token)
+            if range_.registered:
+                joined.record(base.key, meta.variant, meta.name, file, meta.digest, token)
     seconds = time.monotonic() - began
     parts = zip(files, concepts, ranges, zip(*losses, strict=True), strict=True)
     return [train_result(f, c.meta.digest, r, list(own), seconds) for f, c, r, own in parts]

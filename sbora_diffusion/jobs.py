@@ -104,7 +104,8 @@ def train_concept(
         config.seed,
     )
     name, widths = subject.settings.name, index_widths(base, config)
-    with reserved(library, base.key, config.variant, [name], config.rank, widths, slot) as held:
+    slots = None if slot is None else {name: slot}
+    with reserved(library, base.key, config.variant, [name], config.rank, widths, slots) as held:
         reservation = held.ranges[name]
         training = ConceptTraining(base, subject, config, reservation.start)
         try:

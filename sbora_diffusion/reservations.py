@@ -28,21 +28,26 @@ def reserved(
     names: Sequence[str],
     rank: int,
     widths: Mapping[str, int],
-    slot: int | None = None,
+    slots: Mapping[str, int] | None = None,
 ) -> Iterator[Held]:
     """A range for each name, all handed out at once; on an exception those that are not finished
     get their former state back.
 
     Args:
         base: key of the base model.
-        widths, slot: see `Library.reserve`.
+        widths: see `Library.reserve`.
+        slots: name → explicit slot, for those that have one.
 
     Raises:
         CapacityError, ConfigError: none is reserved.
     """
     with library.together() as joined:
         before = {name: entry_of(joined, base, variant, name) for name in names}
-        ranges = {name: joined.reserve(base, variant, name, rank, widths, slot) for name in names}
+        chosen = slots or {}
+        ranges = {
+            name: joined.reserve(base, variant, name, rank, widths, chosen.get(name))
+            for name in names
+        }
     held = Held(ranges)
     try:
         yield held

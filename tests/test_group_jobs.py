@@ -95,3 +95,16 @@ def test_the_size_of_a_group_follows_device_and_recipe(pocket):
     for config, at_once in ((dropout, 2), (ONE_STEP, 0)):
         with pytest.raises(ConfigError, match="--at-once"):
             group_size(pocket, config, 14, at_once)
+
+
+def test_explicit_slots_are_taken_and_one_that_is_owned_is_not_registered(
+    pocket, library, tmp_path
+):
+    learn(pocket, library, tmp_path / "first", names=NAMES[:1], slots={"plushbear": 1})
+    results = learn(
+        pocket, library, tmp_path / "new", names=NAMES[1:], slots={"baseballcap": 1, "toytrain": 5}
+    )
+    assert [r.reservation.slot for r in results] == [1, 5]
+    assert [r.reservation.registered for r in results] == [False, True]
+    assert results[0].warnings and results[0].path.exists()
+    assert {e.name for e in library.concepts(pocket.key)} == {"plushbear", "toytrain"}
