@@ -71,7 +71,7 @@ def written() -> dict:
 
 def test_every_section_of_the_record_says_where_it_comes_from(written):
     runs = {run["section"]: run for run in written["runs"]}
-    assert runs.keys() == {"judge", "base", "speed", "concepts"}
+    assert runs.keys() == {"judge", "base", "speed", "concepts", "ceiling"}
     assert runs.keys() <= written.keys()
     for run in runs.values():
         assert {"command", "commit", "device", "versions", "date", "seconds"} <= run.keys()
@@ -97,6 +97,15 @@ def test_the_record_holds_all_that_must_hold(written):
     gains = written["concepts"]["image_alignment_gain"]
     assert len(gains) == 2 and all(gain["threshold"] == 0.10 for gain in gains.values())
     assert written["concepts"]["text_alignment_change"]["limit"] == 0.05
+
+
+def test_the_record_holds_what_a_concept_gained_beside_what_could_be_gained(written):
+    ceiling, measured = written["ceiling"], written["concepts"]
+    assert ceiling["each"].keys() == measured["each"].keys()
+    for judge, gain in ceiling["gain"]["concept"].items():
+        assert gain == pytest.approx(measured["image_alignment_gain"][judge]["value"], abs=2e-4)
+        assert gain < ceiling["gain"]["real_through_autoencoder"][judge]
+        assert ceiling["gain"]["real_through_autoencoder"][judge] < ceiling["gain"]["real"][judge]
 
 
 @pytest.mark.parametrize(
