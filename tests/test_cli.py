@@ -146,7 +146,9 @@ def test_several_subjects_train_at_once_into_a_folder(sbora, tmp_path):
     for entry in document["concepts"]:
         assert read_concept(entry["file"]).meta.digest == entry["digest"]
     assert document["training"]["steps"] == 1
-    assert refused(sbora("train", *arguments, "--slot", 1), "for one subject")
+    status, out, err = sbora("train", *arguments, "-o", "slots", "--slot", 4, "--json")
+    assert [c["slot"] for c in json.loads(out)["concepts"]] == [4, 5]
+    assert refused(sbora("train", *arguments, "--sample-every", 1), "for one subject")
     assert refused(sbora("train", *arguments, "-o", "x.safetensors"), "no folder")
     assert refused(sbora("train", *arguments, "-s", "dropout=0.5"), "--at-once", "dropout")
     assert refused(sbora("train", folders[0], folders[0], *TINY), "two subjects", "toytrain")
