@@ -251,6 +251,8 @@ class TrainingLoop:
         if self.config.gradient_checkpointing:
             self.base.pipeline.unet.disable_gradient_checkpointing()
             self.base.pipeline.text_encoder.gradient_checkpointing_disable()
+            # It may forget its own hook, which could not be copied once the embedding is gone.
+            self.base.pipeline.text_encoder.disable_input_require_grads()
         self._take_out()
         self.tokens.set({})
 

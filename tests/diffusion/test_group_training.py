@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from sbora_diffusion.core.errors import ConfigError, ConflictError
 from sbora_diffusion.diffusion.concepts import read_subject
@@ -102,6 +103,14 @@ def test_accumulation_checkpointing_prior_and_bf16_train_and_give_the_base_back(
     finally:
         training.close()
     assert_untouched(pocket, before)
+    assert not any(isinstance(part, RemovableHandle) for part in leftovers(pocket))
+
+
+def leftovers(base):
+    """What the text encoder's modules hold beside tensors and modules."""
+    for module in base.pipeline.text_encoder.modules():
+        for value in vars(module).values():
+            yield from value if isinstance(value, list | tuple) else (value,)
 
 
 def test_an_interrupted_group_gives_the_base_back(pocket, monkeypatch):
