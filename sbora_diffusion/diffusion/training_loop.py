@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -50,7 +51,7 @@ class Batch(NamedTuple):
     weight: Tensor  # (B,)
 
 
-class TrainingLoop:
+class TrainingLoop(ABC):
     """Lessons that are learned together, each from its own stream of batches.
 
     A subclass brings the trained factors by `_put_in`, `_factors` and `_take_out`, and may come in
@@ -74,17 +75,17 @@ class TrainingLoop:
         self._token_ids = cache(self._encoded)
         self._attach()
 
+    @abstractmethod
     def _put_in(self) -> None:
         """Add the factors to the layers; the base's output does not change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _factors(self, component: str) -> list[nn.Parameter]:
         """The trained factors in one component."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take_out(self) -> None:
         """Remove the factors; may be called again."""
-        raise NotImplementedError
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:
         """Limit the norm of the gradient, where a step is due."""
