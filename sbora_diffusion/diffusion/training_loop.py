@@ -91,7 +91,7 @@ class TrainingLoop(ABC):
         """Limit the norm of the gradient, where a step is due."""
         self.accelerator.clip_grad_norm_(parameters, self.config.max_gradient_norm)
 
-    def _after_step(self) -> None:
+    def _after_step(self) -> None:  # noqa: B027 - most have nothing to do here
         """Called after each optimizer step."""
 
     def _attach(self) -> None:
