@@ -1,13 +1,20 @@
 """May concepts live in one model? Same base, own names, own tokens, own indices."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
+from weakref import WeakKeyDictionary, WeakSet
 
 from sbora_diffusion.core.errors import BaseMismatch, ConflictError
 from sbora_diffusion.core.fingerprint import compare
 from sbora_diffusion.core.schema import Concept
+
+_SHARED: WeakKeyDictionary[Concept, WeakKeyDictionary[Concept, Mapping[str, int]]] = (
+    WeakKeyDictionary()
+)
+_SAME: WeakKeyDictionary[Concept, WeakSet[Concept]] = WeakKeyDictionary()
+"""Concepts to those that are known to have the same base, value for value."""
 
 
 def check_mergeable(
@@ -25,7 +32,7 @@ def check_mergeable(
         BaseMismatch: two were trained on different bases.
         ConflictError: two share a name, a placeholder token or, unless allowed, indices.
     """
-    relations = [same_base(first, second) for first, second in combinations(concepts, 2)]
+    relations = [_known_relation(*pair) for pair in combinations(concepts, 2)]
     _refuse_repeats("name", [concept.meta.name for concept in concepts])
     _refuse_repeats("token", [entry.token for c in concepts for entry in c.meta.tokens])
     if not allow_overlap:
@@ -47,6 +54,20 @@ def overlaps(concepts: Sequence[Concept]) -> dict[tuple[str, str], dict[str, int
             for pair, number in _shared_in(layer, of_variant):
                 shared.setdefault(pair, {})[layer] = number
     return shared
+
+
+def shared_indices(first: Concept, second: Concept) -> Mapping[str, int]:
+    """Layer to number of indices that two concepts of one variant both own, where there are any;
+    found out once for each pair."""
+    one, other = sorted((first, second), key=id)
+    known = _SHARED.setdefault(one, WeakKeyDictionary())
+    if other not in known:
+        known[other] = {
+            layer: len(stored.owned & other.layers[layer].owned)
+            for layer, stored in one.layers.items()
+            if layer in other.layers and not stored.owned.isdisjoint(other.layers[layer].owned)
+        }
+    return known[other]
 
 
 def crossings(concepts: Sequence[Concept]) -> dict[tuple[str, str], dict[str, int]]:
@@ -73,6 +94,16 @@ def _shared_in(layer: str, concepts: list[Concept]) -> Iterator[tuple[tuple[str,
     for (first, own), (second, others) in combinations(owners, 2):
         if own & others:
             yield (first, second), len(own & others)
+
+
+def _known_relation(first: Concept, second: Concept) -> Literal["same", "rounded"]:
+    """`same_base`, of which comparing hundreds of digests is done once for each pair."""
+    if second in _SAME.get(first, ()):
+        return "same"
+    relation = same_base(first, second)
+    if relation == "same":
+        _SAME.setdefault(first, WeakSet()).add(second)
+    return relation
 
 
 def same_base(first: Concept, second: Concept) -> Literal["same", "rounded"]:
@@ -107,8 +138,9 @@ def _refuse_repeats(what: str, values: list[str]) -> None:
 
 
 def _refuse_overlap(concepts: Sequence[Concept]) -> None:
-    shared = overlaps(concepts)
-    if shared:
+    pairs = [pair for pair in combinations(concepts, 2) if _of_one_variant(*pair)]
+    if any(shared_indices(*pair) for pair in pairs):
+        shared = overlaps(concepts)
         (first, second), layers = min(shared.items())
         others = f" (and {len(shared) - 1} more pairs)" if len(shared) > 1 else ""
         raise ConflictError(
@@ -116,3 +148,7 @@ def _refuse_overlap(concepts: Sequence[Concept]) -> None:
             f"{len(layers)} layers, the first is {min(layers)!r}{others}",
             "train one of them again in a free slot, or pass --allow-overlap",
         )
+
+
+def _of_one_variant(first: Concept, second: Concept) -> bool:
+    return first.meta.variant == second.meta.variant

@@ -1,11 +1,15 @@
 """A set of concepts folded into a model's layers, which changes by what comes and goes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from sbora_diffusion.core.compatibility import shared_indices
 from sbora_diffusion.core.concept import Concept, refuse_extras
 from sbora_diffusion.core.errors import (
     BaseMismatch,
@@ -14,12 +18,22 @@ from sbora_diffusion.core.errors import (
     FormatError,
     NonFiniteError,
 )
-from sbora_diffusion.core.functional import scaling
-from sbora_diffusion.core.merging import Change, Originals, commit, prepare
-from sbora_diffusion.core.updates import Update
+from sbora_diffusion.core.merging import (
+    Change,
+    Originals,
+    change_writes,
+    prepare,
+)
+from sbora_diffusion.core.shares import Share, concept_updates
+from sbora_diffusion.core.stacked_merging import Stack, fold_stacks
+from sbora_diffusion.core.writing import Writes, write_all
+
+__all__ = ["FoldedSet", "Switch", "Weighted", "concept_updates", "refuse_bad_weight"]
 
 Weighted = tuple[Concept, float]
 """A concept and its weight λ."""
+Blocks = dict[str, dict[str, Tensor]]
+"""Digest to layer to the unfolded weight's entries in the concept's columns or rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +41,7 @@ class Switch:
     """A planned step to another set, which `FoldedSet.commit` computes and writes."""
 
     concepts: list[Weighted]
-    updates: dict[str, dict[str, Update]]  # digest → layer → update
+    shares: dict[str, Share]  # by digest, in their order
     layers: list[str]  # what has to be rebuilt
 
 
@@ -45,8 +59,8 @@ class FoldedSet:
     def __init__(self, layers: Mapping[str, nn.Linear]):
         self.layers = layers
         self.concepts: list[Weighted] = []  # in the order of the digests
-        self._updates: dict[str, dict[str, Update]] = {}
-        self._originals: dict[str, Originals] = {}
+        self._shares: dict[str, Share] = {}
+        self._blocks: Blocks = {}
 
     def switch(self, concepts: Sequence[Weighted]) -> None:
         """Go to another set; touches only rows and columns of concepts that differ.
@@ -66,21 +80,17 @@ class FoldedSet:
             FormatError: a concept stores more than updates of weights.
         """
         wanted = sorted(concepts, key=lambda pair: pair[0].meta.digest)
-        updates = {concept.meta.digest: self._updates_of(concept, w) for concept, w in wanted}
-        digests = updates.keys() | self._updates.keys()
-        differ = [d for d in digests if updates.get(d) is not self._updates.get(d)]
-        touched = {
-            layer
-            for digest in differ
-            for layer in (*updates.get(digest, ()), *self._updates.get(digest, ()))
-        }
-        return Switch(wanted, updates, sorted(touched))
+        shares = {concept.meta.digest: self._share(concept, w) for concept, w in wanted}
+        changed = self._changed(shares)
+        touched = set().union(*(share.concept.layers for share in changed))
+        return Switch(wanted, shares, sorted(touched))
 
     def commit(self, step: Switch) -> None:
         """Write a step that was planned from the present set: all of it or nothing.
 
-        A layer is computed right before it is written, while its entries are in the cache; what
-        goes wrong in a later layer undoes the earlier ones, bit for bit.
+        Layers in which no concept meets another are done together, see `stacked_merging`; any other
+        is computed right before it is written, while its entries are in the cache. What goes wrong
+        later undoes what was written, bit for bit.
 
         Raises:
             BaseMismatch: a layer is missing.
@@ -88,58 +98,124 @@ class FoldedSet:
             FormatError: a factor does not fit its layer.
             NonFiniteError: an entry would overflow; names the concepts.
         """
-        after: dict[str, Originals] = {}
+        try:
+            blocks = self._written(step, self._stacks(step))
+        except NonFiniteError:  # layer by layer, which finds out whose entries they are
+            blocks = self._written(step, [])
+        self.concepts, self._shares, self._blocks = step.concepts, step.shares, blocks
 
-        def changes() -> Iterator[Change]:
-            for layer in step.layers:
-                change = self._change(layer, step)
-                after[layer] = change.originals
-                yield change
-
-        commit(changes())
-        self._originals |= after
-        self.concepts, self._updates = step.concepts, step.updates
-
-    def _updates_of(self, concept: Concept, weight: float) -> dict[str, Update]:
+    def _share(self, concept: Concept, weight: float) -> Share:
         if any(concept is known and weight == old for known, old in self.concepts):
-            return self._updates[concept.meta.digest]
+            return self._shares[concept.meta.digest]
         refuse_bad_weight(weight)
-        return concept_updates(concept, weight)
+        refuse_extras(concept)
+        return Share(concept, weight)
+
+    def _changed(self, shares: Mapping[str, Share]) -> list[Share]:
+        """What comes or goes; a concept that gets another weight does both."""
+        digests = sorted(shares.keys() | self._shares.keys())
+        differ = [d for d in digests if shares.get(d) is not self._shares.get(d)]
+        return [share[d] for share in (self._shares, shares) for d in differ if d in share]
+
+    def _written(self, step: Switch, stacks: list[Stack]) -> Blocks:
+        after = {digest: dict(self._blocks.get(digest, ())) for digest in step.shares}
+        stacked = {layer for stack in stacks for layer in stack.layers}
+
+        def writes() -> Iterator[Writes]:
+            yield from fold_stacks(stacks, self._blocks, after)
+            for layer in step.layers:
+                if layer not in stacked:
+                    change = self._change(layer, step)
+                    for digest, block in change.originals.blocks.items():
+                        after[digest][layer] = block
+                    yield from change_writes(change)
+
+        write_all(writes())
+        return after
+
+    def _stacks(self, step: Switch) -> list[Stack]:
+        """The layers in which what comes and goes meets nothing else, by what they have in common.
+
+        Layers that were moved or cast since, and those that errors would come from, are left out.
+        """
+        changed = self._changed(step.shares)
+        # One digest stands for one object here; a copy, or a second one, goes layer by layer.
+        objects = {share.concept for share in (*self._shares.values(), *changed)}
+        digests = self._shares.keys() | step.shares.keys()
+        if len(step.shares) < len(step.concepts) or len(objects) > len(digests):
+            return []
+        if not all(share.footprint.even for share in changed):
+            return []
+        come = [share for share in changed if step.shares.get(share.digest) is share]
+        gone = [share for share in changed if share.digest not in step.shares]
+        found = []
+        for layers, weights in self._alike(step.layers, changed, self._met(changed, step)):
+            coming = tuple(share for share in come if layers[0] in share.concept.layers)
+            going = tuple(share for share in gone if layers[0] in share.concept.layers)
+            if not all(share.fits(layers, weights[0]) for share in coming):
+                return []
+            found.append(Stack(layers, weights, going, coming))
+        return found
+
+    def _alike(
+        self, layers: Sequence[str], changed: list[Share], met: set[str]
+    ) -> Iterator[tuple[tuple[str, ...], tuple[Tensor, ...]]]:
+        """Layers outside of `met`, with weights of one kind, in which the same concepts change."""
+        every = {share.footprint.layers for share in changed}
+        held = list(self._blocks.values())
+        found: defaultdict[Any, dict[str, Tensor]] = defaultdict(dict)
+        for layer in layers:
+            if layer not in met and layer in self.layers:
+                weight = self.layers[layer].weight
+                dtype, device, block = weight.dtype, weight.device, weight
+                for blocks in held:
+                    if layer in blocks:
+                        block = blocks[layer]
+                        break
+                if block.dtype == dtype and block.device == device:
+                    who = len(every) == 1 or tuple(layer in names for names in every)
+                    found[weight.shape, dtype, device, who][layer] = weight
+        for weights in found.values():
+            yield tuple(weights), tuple(weights.values())
+
+    def _met(self, changed: list[Share], step: Switch) -> set[str]:
+        """Layers in which a concept that comes or goes shares entries with another one."""
+        every = list(dict.fromkeys([*self._shares.values(), *step.shares.values()]))
+        differ, met = set(changed), set[str]()
+        for one, other in combinations(every, 2):
+            if one.concept is not other.concept and (one in differ or other in differ):
+                met.update(_shared_layers(one.concept, other.concept))
+        return met
 
     def _change(self, layer: str, step: Switch) -> Change:
         updates = [
-            step.updates[concept.meta.digest][layer]
+            step.shares[concept.meta.digest].updates[layer]
             for concept, _ in step.concepts
             if layer in concept.layers
         ]
         if layer not in self.layers:
             raise BaseMismatch(f"the base has no layer {layer!r}", "give the concepts' own base")
         try:
-            originals = self._originals.get(layer, Originals())
-            return prepare(self.layers[layer].weight, originals, updates)
+            return prepare(self.layers[layer].weight, self._originals(layer), updates)
         except (ConflictError, FormatError, NonFiniteError) as error:
             problem = f"{layer}: {error.problem}"
             for concept, _ in step.concepts:
                 problem = problem.replace(concept.meta.digest, concept.meta.name)
             raise type(error)(problem, error.remedy) from error
 
+    def _originals(self, layer: str) -> Originals:
+        shares = {d: share for d, share in self._shares.items() if layer in share.concept.layers}
+        updates = {digest: share.updates[layer] for digest, share in shares.items()}
+        return Originals(updates, {digest: self._blocks[digest][layer] for digest in shares})
+
+
+def _shared_layers(one: Concept, other: Concept) -> Iterable[str]:
+    if one.meta.variant == other.meta.variant:
+        return shared_indices(one, other)
+    return one.layers.keys() & other.layers.keys()
+
 
 def refuse_bad_weight(weight: float) -> None:
     """Raise ConfigError for a weight λ that is no finite number."""
     if not math.isfinite(weight):
         raise ConfigError(f"a concept's weight must be a finite number, got {weight}")
-
-
-def concept_updates(concept: Concept, weight: float) -> dict[str, Update]:
-    """A concept's share of each of its layers, with scale λ·alpha/rank.
-
-    Raises:
-        FormatError: it stores more than updates of weights.
-    """
-    refuse_extras(concept)
-    meta = concept.meta
-    scale = scaling(meta.alpha, meta.rank, weight)
-    return {
-        layer: Update(meta.digest, meta.variant, stored.indices, stored.factor, scale)
-        for layer, stored in concept.layers.items()
-    }

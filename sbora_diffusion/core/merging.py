@@ -23,6 +23,7 @@ from torch import Tensor
 from sbora_diffusion.core.errors import ConflictError, NonFiniteError
 from sbora_diffusion.core.functional import scaled_factor
 from sbora_diffusion.core.updates import Crowd, Update, Write, check_updates, share_of
+from sbora_diffusion.core.writing import Writes, write_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,21 +89,16 @@ def prepare(weight: Tensor, originals: Originals, updates: Sequence[Update]) -> 
     return Change(weight, tuple(writes), Originals(wanted, blocks))
 
 
-@torch.no_grad()
 def commit(changes: Iterable[Change]) -> None:
     """Write prepared steps in place, all of them: what interrupts this, undoes it too."""
-    undo: list[tuple[Tensor, Write]] = []
-    try:
-        for change in changes:
-            for write in change.writes:
-                # Reading first also makes writing faster: strided entries are then in the cache.
-                was = change.weight.index_select(write.dim, write.at)
-                undo.append((change.weight, write._replace(block=was)))
-                change.weight.index_copy_(*write)
-    except BaseException:
-        for weight, write in reversed(undo):
-            weight.index_copy_(*write)
-        raise
+    write_all(write for change in changes for write in change_writes(change))
+
+
+def change_writes(change: Change) -> Iterator[Writes]:
+    """A change as `write_all` takes it; what was there is read right before it is written."""
+    for dim, at, block in change.writes:
+        # Reading first also makes writing faster: strided entries are then in the cache.
+        yield Writes(dim, (change.weight,), (at,), (block,), (change.weight.index_select(dim, at),))
 
 
 def fold(weight: Tensor, updates: Sequence[Update]) -> Originals:
@@ -149,8 +145,22 @@ def rewrite(folds: Sequence[tuple[Tensor, Originals]]) -> None:
     totals = torch._foreach_mul(wide, [update.scale for update in updates])
     torch._foreach_add_(totals, 0.0)  # `fold` sums from zero, which makes a −0 a +0
     for (weight, originals), update, total in zip(folds, updates, totals, strict=True):
-        folded = originals.blocks[update.key] + total
-        weight.index_copy_(update.dim, update.index(weight.device), folded.to(weight.dtype))
+        folded = _rounded(total, originals.blocks[update.key])
+        weight.index_copy_(update.dim, update.index(weight.device), folded)
+
+
+def folded_alone(scaled: Tensor, original: Tensor) -> Tensor:
+    """The entries of an update that meets no other one: cast(fp32(W0) + (0 + scale · Δ)).
+
+    Args:
+        scaled: scale · Δ in at least fp32; overwritten.
+    """
+    return _rounded(scaled.add_(0.0), original)  # summing from zero makes a −0 a +0
+
+
+def _rounded(total: Tensor, original: Tensor) -> Tensor:
+    """cast(fp32(W0) + total); overwrites the total."""
+    return total.add_(original).to(original.dtype)
 
 
 def _ordered(updates: Sequence[Update]) -> list[Update]:
@@ -192,7 +202,7 @@ def _originals(weight: Tensor, new: list[Update], before: Originals) -> dict[str
             for update in unknown:
                 for other in crowd.near(update):
                     share = share_of(update, other, before.blocks[other.key])
-                    blocks[update.key].index_copy_(*share)
+                    blocks[update.key].index_copy_(share.dim, share.at, share.block)
     return blocks
 
 
@@ -218,7 +228,7 @@ def _summed(dim: int, crowded: list[Crowded]) -> Tensor:
     for place, own, near in _places(dim, crowded):
         for update in near:
             _add(own, update, total.narrow(*place))
-    folded = total.add_(original).to(original.dtype)
+    folded = _rounded(total, original)
     if not all(own in near for own, _, near in crowded):
         folded = torch.where(_touched(original, dim, crowded), folded, original)
     if not math.isfinite(folded.sum(dtype=torch.float32)):
@@ -239,8 +249,8 @@ def _add(own: Update, other: Update, total: Tensor) -> None:
     if own.has_place_of(other):
         total.add_(scaled_factor(factor, other.scale).to(total))
     else:
-        dim, at, part = share_of(own, other, factor)
-        total.index_add_(dim, at, scaled_factor(part, other.scale).to(total))
+        share = share_of(own, other, factor)
+        total.index_add_(share.dim, share.at, scaled_factor(share.block, other.scale).to(total))
 
 
 def _touched(joint: Tensor, dim: int, crowded: list[Crowded]) -> Tensor:
