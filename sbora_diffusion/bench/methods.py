@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from sbora_diffusion.bench.settings import FLOOR
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.core.functional import Variant
+from sbora_diffusion.core.recalled import plain_norms, recalled_norms
 from sbora_diffusion.core.tuner import SboraConfig
 from sbora_diffusion.core.tuner.folded_training import folded_training
 
@@ -104,7 +105,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _adamw(site: Site, trained: Mapping[str, nn.Parameter]) -> Optimizer:
-    return AdamW(trained.values(), lr=RATE, capturable=site.capturable)
+    fused = any(parameter.is_cuda for parameter in trained.values()) or None
+    return AdamW(trained.values(), lr=RATE, capturable=site.capturable, fused=fused)
 
 
 def _lora(site: Site, **options: Any) -> tuple[PeftModel, Adapter]:
@@ -166,6 +168,8 @@ def _sbora(variant: Variant, folded: bool) -> Callable[[Site], Adapter]:
         layers = {name: site.model.get_submodule(name) for name in site.layers}
         training = site.stack.enter_context(folded_training(layers, wrapped.active_adapter))
         assert not training.obstacles, training.obstacles
+        if variant == "fb":
+            site.stack.enter_context(recalled_norms(plain_norms(site.model)))
         return Adapter(adapter.parameters, adapter.optimizer, adapter.file, training.write_back)
 
     return attach

@@ -140,6 +140,10 @@ def _mixed_table(shape: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
         for name, mode, measured in _by_mode(shape["methods"])
     ]
     title = f"{_mixed_title(shape)}, rank {shape['rank']}, {shape['dtype']}"
+    if shape.get("folded_before"):  # records from before have no such figure
+        title += (
+            f", {shape['folded_before']} of {shape['layers']} layers' weights folded once before"
+        )
     return Table(title, ["forward pass", "mode", "ms", "over frozen"], rows)
 
 

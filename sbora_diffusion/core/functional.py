@@ -31,6 +31,7 @@ from sbora_diffusion.core.gradients import (
     Take,
     scaled_factor,
 )
+from sbora_diffusion.core.recalled import origin_of
 
 Variant = Literal["fa", "fb"]
 VARIANTS: tuple[Variant, ...] = ("fa", "fb")
@@ -149,7 +150,7 @@ def folded_linear(
     or scale · dy[..., I]^T x (FB), from the backward pass. Weight and bias get none.
 
     Args:
-        x: (..., in).
+        x: (..., in). FB keeps it for the backward pass, unless `recalled` can compute it again.
         factor: B (out, r) or A (r, in), already folded into the weight.
         weight: (out, in); must not change between forward and backward pass.
         indices: I, (r,), distinct, int32 or int64.
@@ -157,8 +158,8 @@ def folded_linear(
     Returns:
         (..., out), the bytes that the merged model gives.
     """
-    dim = 1 if variant == "fa" else 0
-    return Folded.apply(x, factor, weight, bias, indices, scale, dim)
+    dim, origin = (1, None) if variant == "fa" else (0, origin_of(x))
+    return Folded.apply(x, factor, weight, bias, indices, scale, dim, origin)
 
 
 def delta_weight(

@@ -14,8 +14,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sbora_diffusion.core.recalled import Origin
+
 FULL = (torch.float32, torch.float64)
 """Dtypes in which a GEMM may add to its output: nothing is rounded between product and sum."""
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def scaled_factor(factor: Tensor, scale: float) -> Tensor:
@@ -119,7 +122,8 @@ class AddProduct(Function):
 class Folded(Function):
     """x W^T + b where the factor is a part of W: its columns (dim 1) or rows (dim 0) I.
 
-    Saves W as it is, and for the factor's gradient x[..., I] (FA) or x (FB), each only if needed.
+    Saves W as it is, and for the factor's gradient x[..., I] (FA) or x (FB), each only if needed;
+    what x can be computed from again in place of x, if its origin is given.
     Its gradients are correct in first order alone, and asking for the second order is an error: W
     does not know that it depends on the factor.
     """
@@ -134,40 +138,65 @@ class Folded(Function):
         indices: Tensor,
         scale: float,
         dim: int,
+        origin: Origin | None,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         needs_x, needs_factor = ctx.needs_input_grad[:2]
         ctx.scale, ctx.dim, ctx.dtypes = scale, dim, (x.dtype, factor.dtype)
-        kept = None
-        if needs_factor:
+        ctx.recall = None
+        kept: tuple[Tensor | None, ...] = ()
+        if needs_factor and dim == 1:
             # The columns are a copy in any case: in the GEMM's dtype it is the smaller one.
-            kept = x.index_select(-1, indices).to(y.dtype) if dim == 1 else x
-        ctx.save_for_backward(kept, weight if needs_x else None, indices)
+            kept = (x.index_select(-1, indices).to(y.dtype),)
+        elif needs_factor and origin is not None:
+            origin.recall.add_reader()
+            ctx.recall, kept = origin.recall, origin.inputs
+        elif needs_factor:
+            kept = (x,)
+        ctx.save_for_backward(weight if needs_x else None, indices, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, indices = ctx.saved_tensors
+        weight, indices, *kept = ctx.saved_tensors
         dtype, factor_dtype = ctx.dtypes
         dx = dfactor = None
         if weight is not None:
             dx = (grad @ weight.to(grad.dtype)).to(dtype)
-        if kept is not None:
+        if kept:
+            x = kept[0] if ctx.recall is None else ctx.recall.output(*kept)
             rows = grad if ctx.dim == 1 else grad.index_select(-1, indices)
-            dfactor = factor_gradient(rows, kept, ctx.scale, grad.dtype, factor_dtype)
-        return dx, dfactor, None, None, None, None, None
+            dfactor = factor_gradient(rows, x, ctx.scale, grad.dtype, factor_dtype)
+        return dx, dfactor, None, None, None, None, None, None
 
 
 def factor_gradient(
     grad: Tensor, x: Tensor, scale: float, dtype: torch.dtype, to: torch.dtype
 ) -> Tensor:
-    """scale · grad^T x over all tokens, (out, in): the product in `dtype`, the result in `to`."""
-    left, right = flat(grad), flat(x).to(dtype)
+    """scale · grad^T x over all tokens, (out, in): the factors in `dtype`, the result in `to`.
+
+    On a GPU a product of halves is not rounded to a half before it is scaled, and lies contiguous:
+    as a leaf's gradient it is taken over without a copy.
+    """
+    product = _over_tokens(flat(grad), flat(x).to(dtype))
+    wide = product.to(torch.promote_types(product.dtype, torch.float32))
+    return (wide if scale == 1.0 else wide * scale).to(to)
+
+
+def _over_tokens(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, (n, m)."""
+    if _widens(left) and left.dtype in HALVES:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
     # On a CPU the GEMM is up to three times faster with the narrow side on the left.
-    narrow = left.shape[1] <= right.shape[1]
-    product = left.T @ right if narrow else (right.T @ left).T
-    return scaled_factor(product, scale).to(to)
+    if left.is_cuda or left.shape[1] <= right.shape[1]:
+        return left.T @ right
+    return (right.T @ left).T
+
+
+def _widens(tensor: Tensor) -> bool:
+    """Whether a GEMM of halves can give fp32 here; compiled code joins the cast to it anyway."""
+    return tensor.is_cuda and torch.version.hip is None and not torch.compiler.is_compiling()
 
 
 def flat(x: Tensor) -> Tensor:

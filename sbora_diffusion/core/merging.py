@@ -130,25 +130,6 @@ def refold(weight: Tensor, originals: Originals, updates: Sequence[Update]) -> O
     return change.originals
 
 
-@torch.no_grad()
-def rewrite(folds: Sequence[tuple[Tensor, Originals]]) -> None:
-    """Write single updates again whose factor or scale changed: the bytes of `fold`, unchecked.
-
-    Args:
-        folds: weights, and what is folded into each: one update.
-    """
-    if not folds:
-        return
-    updates = [next(iter(originals.updates.values())) for _, originals in folds]
-    wide = [u.factor.to(torch.promote_types(u.factor.dtype, torch.float32)) for u in updates]
-    # On a GPU a list operation is a few kernels for all layers.
-    totals = torch._foreach_mul(wide, [update.scale for update in updates])
-    torch._foreach_add_(totals, 0.0)  # `fold` sums from zero, which makes a −0 a +0
-    for (weight, originals), update, total in zip(folds, updates, totals, strict=True):
-        folded = _rounded(total, originals.blocks[update.key])
-        weight.index_copy_(update.dim, update.index(weight.device), folded)
-
-
 def folded_alone(scaled: Tensor, original: Tensor) -> Tensor:
     """The entries of an update that meets no other one: cast(fp32(W0) + (0 + scale · Δ)).
 

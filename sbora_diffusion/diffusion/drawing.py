@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sbora_diffusion.core.mixed_layers import mixed_tensors
+from sbora_diffusion.core.mixed_weights import new_room
 from sbora_diffusion.core.tuner import SboraLinear
 from sbora_diffusion.diffusion.graphs import Memory, Obstacle, Recorded, device_obstacle
 
@@ -24,19 +25,36 @@ STATES = 4
 
 
 class Kept:
-    """Tensors that stay where they are: others of the same shapes are copied into them."""
+    """Tensors that stay where they are: others of the same shapes are written into them.
 
-    def __init__(self) -> None:
+    Args:
+        states: how many lists of shapes are kept; the one that was used longest ago goes.
+    """
+
+    def __init__(self, states: int = STATES) -> None:
+        self._states = states
         self._tensors: dict[Any, list[Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """What all of them take."""
+        return sum(tensor.nbytes for kept in self._tensors.values() for tensor in kept)
+
+    def room(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of these shapes, to be written to: those that an earlier call with them gave."""
+        shapes = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in like)
+        kept = self._tensors.pop(shapes, None)
+        if kept is None:
+            _forget_oldest(self._tensors, self._states - 1)  # first: there may be room for one only
+            kept = new_room(like)
+        self._tensors[shapes] = kept
+        return kept
 
     def put(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies of these; the ones that an earlier call with such shapes gave now hold these."""
-        shapes = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        kept = self._tensors.pop(shapes, None) or [torch.empty_like(tensor) for tensor in tensors]
-        self._tensors[shapes] = kept
+        kept = self.room(tensors)
         for place, tensor in zip(kept, tensors, strict=True):
             place.copy_(tensor)
-        _forget_oldest(self._tensors)
         return kept
 
 
@@ -46,11 +64,12 @@ class RecordedUNet:
     Attributes:
         obstacle: why the latest pictures were drawn without.
         kept: the factors of batches whose rows have different concepts.
+        weights: such batches' folded weights, for one size of batch: they are large.
     """
 
     def __init__(self) -> None:
         self.obstacle: Obstacle | None = None
-        self.kept = Kept()
+        self.kept, self.weights = Kept(), Kept(1)
         self._memory = Memory()
         self._recorded: dict[Any, Recorded] = {}
 
@@ -84,7 +103,7 @@ class RecordedUNet:
         if recorded is None:
             recorded = Recorded(partial(_predicted, plain), device, memory=self._memory)
         self._recorded[state] = recorded
-        _forget_oldest(self._recorded)
+        _forget_oldest(self._recorded, STATES)
         return recorded
 
 
@@ -144,6 +163,6 @@ def _part(module: nn.Module) -> tuple[Any, ...] | Obstacle:
     return places
 
 
-def _forget_oldest(entries: dict[Any, Any]) -> None:
-    while len(entries) > STATES:
+def _forget_oldest(entries: dict[Any, Any], most: int) -> None:
+    while len(entries) > most:
         del entries[next(iter(entries))]

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CAPABLE = ("cuda",)
 """Kinds of devices that have graphs."""
@@ -117,6 +117,25 @@ class Recorded:
         finally:  # warming up has added to them
             for tensor, value in zip(self._adds_to, before, strict=True):
                 tensor.copy_(value)
+
+
+def adding_at_once(
+    work: Callable[..., Tensor], parameters: Sequence[nn.Parameter], *inputs: Tensor
+) -> Tensor:
+    """Work with a backward pass, whose gradients are added to those that stand there in a few
+    kernels for all parameters; autograd alone would take one for each."""
+    standing = [(p, p.grad) for p in parameters if p.grad is not None]
+    for parameter, _ in standing:
+        parameter.grad = None
+    try:
+        result = work(*inputs)
+        new = [(total, p.grad) for p, total in standing if p.grad is not None]
+        if new:
+            torch._foreach_add_([total for total, _ in new], [grad for _, grad in new])
+    finally:
+        for parameter, total in standing:
+            parameter.grad = total
+    return result
 
 
 def capture(work: Callable[[], Tensor], memory: Memory) -> tuple[Callable[[], object], Tensor]:

@@ -13,6 +13,7 @@ from sbora_diffusion.core.folded_set import Weighted, concept_updates, refuse_ba
 from sbora_diffusion.core.functional import VARIANTS, Variant
 from sbora_diffusion.core.mixed import Bank, stacked
 from sbora_diffusion.core.mixed_layers import mixed_rows
+from sbora_diffusion.core.mixed_weights import folded_weights
 from sbora_diffusion.core.updates import Update
 from sbora_diffusion.diffusion.adapters import refuse_misfits
 from sbora_diffusion.diffusion.bases import Base
@@ -55,7 +56,7 @@ class MixedSampler:
                 f"{found[0]} in a negative prompt for different concepts", "draw them one by one"
             )
         concepts = [self._concepts_for(prompt) for prompt in prompts]
-        with mixed_concepts(base, concepts, base.recorded.kept if base.repeats else None):
+        with mixed_concepts(base, concepts, base.repeats):
             return draw_latents(
                 base, prompts, seeds, steps, guidance, negative_prompt, on_step, size
             )
@@ -63,16 +64,17 @@ class MixedSampler:
 
 @contextmanager
 def mixed_concepts(
-    base: Base, rows: Sequence[Sequence[Weighted]], kept: Kept | None = None
+    base: Base, rows: Sequence[Sequence[Weighted]], stay: bool = False
 ) -> Iterator[None]:
     """Within, row k of a batch has the concepts rows[k], in text encoder and UNet.
 
     Batches have len(rows) rows or a multiple, row k + len(rows) being another half of row k. What
-    is attached or folded already acts on all rows.
+    is attached or folded already acts on all rows, and stays as it is meanwhile.
 
     Args:
-        kept: where factors and indices are put, so that what was recorded or compiled for one
-            batch computes others of its shape; such blocks cannot be nested.
+        stay: put factors, indices and folded weights where those of an earlier batch were, so that
+            what was recorded or compiled for one batch computes others of its shape; such blocks
+            cannot be nested.
 
     Raises:
         BaseMismatch: a concept belongs to another base.
@@ -88,15 +90,15 @@ def mixed_concepts(
         entries.setdefault(_key(row), sorted(row, key=lambda pair: pair[0].meta.digest))
     order = list(entries)
     chosen = torch.tensor([order.index(_key(row)) for row in rows], device=base.device)
-    if kept is None:
-        banks = _banks(base, list(entries.values()))
-    else:
-        unused: list[list[Weighted]] = [[]] * (len(rows) - len(entries))
-        banks, chosen = _placed(_banks(base, [*entries.values(), *unused]), chosen, kept)
+    unused: list[list[Weighted]] = [[]] * (len(rows) - len(entries)) if stay else []
+    banks = _banks(base, [*entries.values(), *unused])
+    if stay:
+        banks, chosen = _placed(banks, chosen, base.recorded.kept)
     tokens = PlaceholderTokens(base.pipeline)
     tokens.add(vectors)
     try:
-        with mixed_rows(target_layers(base.pipeline), banks, chosen, steady=kept is None):
+        weights = _weights(base, banks, chosen, stay)
+        with mixed_rows(target_layers(base.pipeline), banks, chosen, not stay, weights):
             yield
     finally:
         tokens.set({})
@@ -139,6 +141,18 @@ def _banks(base: Base, entries: Sequence[Sequence[Weighted]]) -> dict[str, list[
                 bank = stacked(variant, of_variant, shape, layer.weight)
                 banks.setdefault(name, []).append(bank)
     return banks
+
+
+def _weights(
+    base: Base, banks: Mapping[str, Sequence[Bank]], rows: Tensor, stay: bool
+) -> dict[str, Tensor]:
+    """Folded weights of the UNet's layers; those of the text encoder would be used once."""
+    layers = target_layers(base.pipeline, "unet")
+    own = {name: parts for name, parts in banks.items() if name in layers}
+    if not stay:
+        return folded_weights(layers, own, rows)
+    kept = base.recorded.weights
+    return folded_weights(layers, own, rows, kept.room, kept.nbytes)
 
 
 def _placed(

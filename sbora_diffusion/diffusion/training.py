@@ -1,11 +1,13 @@
 """Training one concept: a generator of step records around a stock pipeline."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.core.recalled import plain_norms, recalled_norms
 from sbora_diffusion.core.tuner.folded_training import folded_training
 from sbora_diffusion.diffusion.adapters import adapter_name, eject, inject, trained_layers
 from sbora_diffusion.diffusion.bases import DTYPES, Base
@@ -35,6 +37,10 @@ class ConceptTraining(TrainingLoop):
     def __init__(self, base: Base, subject: Subject, config: TrainConfig, start: int):
         self.lesson = Lesson(base, subject, config, start)
         self.subject, self.start, self.layers = subject, start, self.lesson.layers
+        models = (base.pipeline.unet, base.pipeline.text_encoder)
+        recalls = config.variant == "fb" and not base.runtime.compiled
+        self._norms = [norm for model in models for norm in plain_norms(model)] if recalls else []
+        self._hooks = ExitStack()
         super().__init__(base, [self.lesson])
 
     def _put_in(self) -> None:
@@ -54,6 +60,12 @@ class ConceptTraining(TrainingLoop):
 
     def _take_out(self) -> None:
         eject(self.base.pipeline, self.subject.settings.name)
+
+    def _train_mode(self, on: bool) -> None:
+        super()._train_mode(on)
+        self._hooks.close()  # pictures between the steps are recorded only without hooks
+        if on:
+            self._hooks.enter_context(recalled_norms(self._norms))
 
     def _after_step(self) -> None:
         self.folded.write_back()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, device_obstacle
+from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once, device_obstacle
 from sbora_diffusion.diffusion.lesson import Lesson, Stream
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens
@@ -126,7 +126,10 @@ class TrainingLoop(ABC):
             self.base.pipeline.scheduler.config, config.noise_offset, config.min_snr_gamma
         )
         groups = self._parameter_groups()
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+            fused=self.base.device.type == "cuda" or None,
+        )  # fmt: skip
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         unet, text_encoder, optimizer = accelerator.prepare(
             self.base.pipeline.unet, self.base.pipeline.text_encoder, optimizer
@@ -173,6 +176,7 @@ class TrainingLoop(ABC):
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
+            learn = partial(adding_at_once, learn, parameters)
         return Recorded(learn, self.base.device, self.obstacle, gradients)
 
     def _learn(

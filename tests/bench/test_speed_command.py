@@ -48,7 +48,7 @@ def test_a_record_says_where_it_comes_from_and_has_every_section(record):
     assert record["finished"] and record["failed"] == {} and "training" not in record
     mixed = record["mixed_batch"]["tiny"]
     assert list(mixed["methods"]) == ["frozen", "mixed_fa", "mixed_fb"] and mixed["rows"] == 3
-    assert mixed["failed"] == {}
+    assert mixed["failed"] == {} and mixed["folded_before"] == mixed["layers"] == 32
     step = record["step"]["tiny"]
     assert step["layers"] == 32 and step["failed"] == {} == step["batches"]["2"]["failed"]
     measured = step["batches"]["2"]["methods"]
@@ -68,10 +68,11 @@ def test_a_record_says_where_it_comes_from_and_has_every_section(record):
     assert wrong_goals(record) == []
 
 
-def test_memory_on_a_cpu_is_what_is_saved_and_fa_saves_less_than_fb_and_lora(record):
+def test_memory_on_a_cpu_is_what_is_saved_and_the_folded_forms_save_least(record):
     measured = record["step"]["tiny"]["batches"]["2"]["methods"]
     peaks = {name: modes["eager"]["peak_bytes"] for name, modes in measured.items()}
-    assert peaks["frozen"] < peaks["sbora_fa_folded"] < peaks["sbora_fb_folded"] < peaks["lora"]
+    for folded in ("sbora_fa_folded", "sbora_fb_folded"):
+        assert peaks["frozen"] < peaks[folded] < 1.02 * peaks["frozen"] < peaks["lora"]
 
 
 def test_a_goal_stands_beside_its_figure_and_is_met_at_the_bound():

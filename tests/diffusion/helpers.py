@@ -1,9 +1,11 @@
 """Concepts with strong random factors on a real base, and what a base consists of, in bytes."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 
+from sbora_diffusion.core import mixed_layers, mixed_weights
 from sbora_diffusion.core.allocation import indices_for, slot_range
 from sbora_diffusion.core.concept import (
     Concept,
@@ -80,3 +82,11 @@ def strong_concept(
     path = folder / f"{name}.safetensors"
     write_concept(path, Concept(meta, layers, embeddings))
     return read_concept(path)
+
+
+def fold_from(monkeypatch, tokens: int) -> Mock:
+    """Fold mixed batches from so many tokens a row on; the calls with folded weights."""
+    products = Mock(wraps=mixed_weights.linear_rows)
+    monkeypatch.setattr(mixed_layers, "linear_rows", products)
+    monkeypatch.setattr(mixed_weights, "FOLD_FROM", tokens)
+    return products

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from sbora_diffusion.core import mixed_weights
 from sbora_diffusion.diffusion import runtime
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -128,8 +129,15 @@ def mixed(base, concepts):
         yield MixedSampler(lambda prompt: chosen[prompt])(base, prompts, [0, 1], **SMALL)
 
 
-@pytest.mark.parametrize("drawn", [folded, mixed])
-def test_one_compilation_draws_other_concepts_and_prompts(thin, compiled, concepts, drawn):
+@pytest.mark.parametrize(
+    ("drawn", "tokens"),
+    [(folded, 64), (mixed, 1), (mixed, 1 << 20)],
+    ids=["folded", "mixed, folded", "mixed, two paths"],
+)
+def test_one_compilation_draws_other_concepts_and_prompts(
+    thin, compiled, concepts, drawn, tokens, monkeypatch
+):
+    monkeypatch.setattr(mixed_weights, "FOLD_FROM", tokens)
     expected = list(drawn(thin, concepts))
     backends = compiled()
     found = list(drawn(thin, concepts))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sbora_diffusion.core.recalled import Recall
 from sbora_diffusion.core.tuner.folded import Obstacle
 from sbora_diffusion.core.tuner.folded_training import FoldedTraining
 from sbora_diffusion.diffusion import training as module
@@ -82,6 +83,25 @@ def test_losses_and_gradients_are_those_of_the_two_path_form(
     for got, wanted in zip(gradients, expected, strict=True):
         assert (got - wanted).norm() <= 1e-5 * wanted.norm() > 0
     assert_untouched(pocket, original)
+
+
+def test_recalling_layer_norms_changes_no_bit_of_fbs_training(pocket, original, monkeypatch):
+    recalled, output = [], Recall.output
+    monkeypatch.setattr(Recall, "output", lambda *args: (recalled.append(1), output(*args))[1])
+    losses, gradients, _ = trained(pocket, variant="fb", steps=2)
+    count = len(recalled)
+    monkeypatch.setattr(module, "plain_norms", lambda _model: [])
+    expected_losses, expected, _ = trained(pocket, variant="fb", steps=2)
+    assert count == len(recalled) > 2 * 24
+    assert losses == expected_losses and all(map(torch.equal, gradients, expected))
+    assert_untouched(pocket, original)
+
+
+def test_between_the_steps_no_layer_norm_has_a_hook(pocket):
+    with opened(pocket, variant="fb", steps=2) as training:
+        for _ in training.steps():
+            modules = [*pocket.pipeline.unet.modules(), *pocket.pipeline.text_encoder.modules()]
+            assert training._norms and not any(module._forward_hooks for module in modules)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
 from sbora_diffusion.diffusion.region_attention import wrapped
 from sbora_diffusion.diffusion.runtime import Runtime
 from sbora_diffusion.diffusion.training import ConceptTraining
-from tests.diffusion.helpers import CONCEPTS, assert_untouched, snapshot, strong_concept
+from tests.diffusion.helpers import CONCEPTS, assert_untouched, fold_from, snapshot, strong_concept
 from tests.diffusion.tape import Recorder
 from tests.diffusion.thin_pocket import thin_pocket
 
@@ -225,12 +225,15 @@ def test_an_attached_concept_is_drawn_with_its_own_weight(base, recorder, concep
     assert recorder.recorded == 3
 
 
-def test_batches_of_other_concepts_are_drawn_by_one_recording(base, recorder, concepts):
+@pytest.mark.parametrize("tokens", [1, 1 << 20], ids=["folded", "two paths"])
+def test_other_mixed_batches_share_one_recording(base, recorder, concepts, monkeypatch, tokens):
+    products = fold_from(monkeypatch, tokens)
     one, two = concepts
     chosen = {"a <one>": [(one, 1.0)], "a <two>": [(two, 0.7)], "a toy": []}
     for prompts in (["a <one>", "a <two>"], ["a <two>", "a toy"], ["a <one>", "a <one>"]):
         assert_draws_the_same(base, prompts, MixedSampler(lambda prompt: chosen[prompt]))
     assert (recorder.recorded, recorder.played) == (1, 6)
+    assert products.called == (tokens == 1)
 
 
 def test_where_python_must_run_the_unet_is_not_recorded(base, recorder, concepts):

@@ -7,7 +7,7 @@ from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.errors import ConfigError, ConflictError
 from sbora_diffusion.diffusion.mixed import MixedSampler, mixed_concepts
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
-from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
+from tests.diffusion.helpers import assert_untouched, fold_from, snapshot, strong_concept
 
 SMALL = {"steps": 2, "guidance": 4.0, "negative_prompt": "blurry", "size": (64, 64)}
 PROMPTS = ["a <one> on grass", "a cat", "a <twin>", "<row> and <one>", "a <one> on grass"]
@@ -37,13 +37,18 @@ def one_by_one(pocket, strong) -> torch.Tensor:
     return torch.cat(latents)
 
 
-def test_a_mixed_batch_equals_drawing_one_by_one_and_leaves_no_trace(pocket, strong):
+@pytest.mark.parametrize("tokens", [1, 1 << 20], ids=["folded", "two paths"])
+def test_a_mixed_batch_equals_drawing_one_by_one_and_leaves_no_trace(
+    pocket, strong, tokens, monkeypatch
+):
+    products = fold_from(monkeypatch, tokens)
     before = snapshot(pocket)
     expected = one_by_one(pocket, strong)
     sampler = MixedSampler(lambda prompt: called(strong, prompt))
     seeds = list(range(len(PROMPTS)))
     mixed = sampler(pocket, PROMPTS, seeds, **SMALL)
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4)
+    assert products.called == (tokens == 1)
     assert_untouched(pocket, before)
     bare = draw_latents(pocket, PROMPTS[:1], [0], **SMALL)
     assert (bare - expected[:1]).abs().max() > 0.05  # the concepts clearly act

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sbora_diffusion.core.functional import folded_linear
-from sbora_diffusion.core.merging import Originals, commit, prepare, restore, rewrite
+from sbora_diffusion.core.merging import Originals, commit, prepare, restore
+from sbora_diffusion.core.rewriting import Rewrite, rewrite
 from sbora_diffusion.core.tuner.layer import SboraLinear
 from sbora_diffusion.core.updates import Update
 
@@ -40,7 +41,7 @@ def folded_obstacle(layer: SboraLinear, adapter: str) -> Obstacle | None:
         return Obstacle.ABSENT
     if layer.configs[adapter].dropout > 0.0:
         return Obstacle.DROPOUT
-    return _use_obstacle(layer, adapter) or _base_obstacle(layer.base_layer)
+    return _use_obstacle(layer, adapter) or base_obstacle(layer.base_layer)
 
 
 def begin_folded(layer: SboraLinear, adapter: str) -> Obstacle | None:
@@ -88,7 +89,7 @@ def write_back(layers: Iterable[SboraLinear]) -> None:
                 ready.append(form)
             else:
                 form.restore()
-    rewrite([form.folded() for form in ready])
+    rewrite([form.prepared() for form in ready])
     for form in ready:
         form.written()
 
@@ -99,7 +100,9 @@ class FoldedForm:
     def __init__(self, layer: SboraLinear, adapter: str) -> None:
         self.layer, self.adapter = layer, adapter
         self._indices = layer.sbora_indices[adapter].to(torch.int64, copy=True)
+        self._trained = layer.sbora_factor[adapter]
         self._originals: Originals | None = None  # none: the weight is the base's own
+        self._rewrite: Rewrite | None = None
         self._place: tuple[Any, ...] = ()
         self._version = -1
 
@@ -109,7 +112,7 @@ class FoldedForm:
             return self._originals is not None
         if _use_obstacle(self.layer, self.adapter) is not None:
             self.restore()
-        elif self._place != self._place_now() or self._version != self._factor()._version:
+        elif self._place != self._place_now() or self._version != self._trained._version:
             write_back([self.layer])
         return self._originals is not None
 
@@ -126,33 +129,35 @@ class FoldedForm:
         """Put the original columns or rows back, bit for bit."""
         if self._originals is not None:
             restore(self.layer.linear().weight, self._originals)
-            self._originals, self._place = None, ()
+            self._originals, self._rewrite, self._place = None, None, ()
 
-    def folded(self) -> tuple[Tensor, Originals]:
-        """The weight, and what is folded into it; folds unless that was done in this place."""
+    def prepared(self) -> Rewrite:
+        """What writes the factor again; folds unless that was done in this place."""
         place = self._place_now()
         if self._place != place:
             self.restore()
             self._fold()
             self._place = place
-        assert self._originals is not None
-        return self.layer.linear().weight, self._originals
+        assert self._rewrite is not None
+        return self._rewrite
 
     def written(self) -> None:
         """Remember that the weight holds the factor as it is now."""
-        self._version = self._factor()._version
+        self._version = self._trained._version
 
     def _fold(self) -> None:
         layer, name = self.layer, self.adapter
         self._indices = self._indices_now()
-        self._trained = self._factor()
+        self._trained = layer.sbora_factor[name]
         self._variant, self._scale = layer.configs[name].variant, layer.scale(name)
         # The update sees the factor change, and restoring reads the kept blocks alone.
         factor = self._trained.detach()
         update = Update(name, self._variant, self._indices, factor, self._scale)
-        change = prepare(layer.linear().weight, Originals(), [update])
+        weight = layer.linear().weight
+        change = prepare(weight, Originals(), [update])
         self._originals = change.originals  # first: it undoes a write that is interrupted
         commit([change])
+        self._rewrite = Rewrite(weight, update, change.originals.blocks[name])
 
     def _indices_now(self) -> Tensor:
         """The indices as kernels take them without a cast, where they were before: a recording of
@@ -162,16 +167,18 @@ class FoldedForm:
             return self._indices.copy_(indices)
         return indices.to(torch.int64, copy=True)
 
-    def _factor(self) -> nn.Parameter:
-        return self.layer.sbora_factor[self.adapter]
-
     def _place_now(self) -> tuple[Any, ...]:
         """Where everything lies, and the scale: with these unchanged, the factor alone can be."""
         layer, name = self.layer, self.adapter
-        base: Any = layer.base_layer
-        weight, indices = base.weight, layer.sbora_indices[name]
-        pointers = weight.data_ptr(), self._factor().data_ptr(), indices.data_ptr()
-        return *pointers, weight.dtype, indices._version, layer.scale(name)
+        # `nn.Module`'s way to an attribute would take most of the time.
+        modules: Any = layer._modules
+        weight = modules["base_layer"]._parameters.get("weight")
+        if weight is None:
+            return ()
+        factor = modules["sbora_factor"]._parameters[name]
+        indices = modules["sbora_indices"]._buffers[name]
+        pointers = weight.data_ptr(), factor.data_ptr(), indices.data_ptr()
+        return *pointers, id(factor), weight.dtype, indices._version, layer.scale(name)
 
 
 def _use_obstacle(layer: SboraLinear, adapter: str) -> Obstacle | None:
@@ -183,7 +190,8 @@ def _use_obstacle(layer: SboraLinear, adapter: str) -> Obstacle | None:
     return Obstacle.GATED if layer.gate is not None else None
 
 
-def _base_obstacle(base: nn.Module) -> Obstacle | None:
+def base_obstacle(base: nn.Module) -> Obstacle | None:
+    """Why another product cannot stand in for a call of the layer; None if it can."""
     if not isinstance(base, nn.Linear):
         return Obstacle.WRAPPED
     weight, bias = base.weight, base.bias
