@@ -128,11 +128,6 @@ def figures(means: Mapping[str, Any], signed: bool = False) -> dict[str, str]:
     return {name: form.format(value) for name, value in values.items() if value is not None}
 
 
-def with_article(noun: str) -> str:
-    """ "cat" → "a cat", "apple" → "an apple"."""
-    return f"{'an' if noun.lower().startswith(tuple('aeiou')) else 'a'} {noun}"
-
-
 def in_plain_words(prompt: str, nouns: Mapping[str, str]) -> str:
     """A prompt with the class noun in place of each placeholder token.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from sbora_diffusion.alignment import figures, load_judges, score, with_article
+from sbora_diffusion.alignment import figures, load_judges, score
 from sbora_diffusion.console import Console
 from sbora_diffusion.contact_sheet import Sheet
 from sbora_diffusion.core.concept import Concept, read_concept
@@ -24,6 +24,7 @@ from sbora_diffusion.diffusion.dataset import open_image, to_tensor
 from sbora_diffusion.diffusion.merging import RECORD, Merged
 from sbora_diffusion.diffusion.pipeline import DEFAULT_STEPS, ConceptPipeline, draw
 from sbora_diffusion.diffusion.probe import denoising_error
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.jobs import train_concept
 from sbora_diffusion.library import Library
 from sbora_diffusion.outputs import make_parent

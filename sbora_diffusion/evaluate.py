@@ -10,15 +10,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from sbora_diffusion.alignment import (
-    Judges,
-    Scores,
-    difference,
-    in_plain_words,
-    joined,
-    score,
-    with_article,
-)
+from sbora_diffusion.alignment import Judges, Scores, difference, in_plain_words, joined, score
 from sbora_diffusion.contact_sheet import TILE, Sheet
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.errors import DataError
@@ -27,6 +19,7 @@ from sbora_diffusion.diffusion.concepts import image_files
 from sbora_diffusion.diffusion.config import DrawConfig
 from sbora_diffusion.diffusion.dataset import open_image
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, StepCallback, draw
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluation.features import BATCH_SIZE
 from sbora_diffusion.pictures import read_prompt
 

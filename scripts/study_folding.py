@@ -22,7 +22,7 @@ from typing import Any
 
 from merging_study.plan import part_of
 
-from sbora_diffusion.alignment import Judges, load_judges, score, with_article
+from sbora_diffusion.alignment import Judges, load_judges, score
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.tuner.folded_training import FoldedTraining
@@ -31,6 +31,7 @@ from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.mixed import MixedSampler
 from sbora_diffusion.diffusion.pipeline import decode
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.diffusion.training import ConceptTraining
 from sbora_diffusion.diffusion.training_loop import StepRecord, TrainingLoop
 from sbora_diffusion.evaluate import PROMPTS, read_pictures

@@ -23,7 +23,7 @@ from merging_study.statistics import mean_figure
 from recipe_study.plan import RECIPES, SUBJECTS
 from torch import Tensor
 
-from sbora_diffusion.alignment import Judges, load_judges, score, with_article
+from sbora_diffusion.alignment import Judges, load_judges, score
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.diffusion.bases import Base, load_base
@@ -34,6 +34,7 @@ from sbora_diffusion.diffusion.lesson import Lesson
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.mixed import MixedSampler
 from sbora_diffusion.diffusion.pipeline import decode, draw_latents
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluate import CLASS_WORD, PROMPTS, read_pictures
 from sbora_diffusion.evaluation.features import LOCAL
 from sbora_diffusion.records import run_of

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from sbora_diffusion import cli, demo, evaluate
-from sbora_diffusion.alignment import Judges, in_plain_words, load_judges, score, with_article
+from sbora_diffusion.alignment import Judges, in_plain_words, load_judges, score
 from sbora_diffusion.console import Console
 from sbora_diffusion.contact_sheet import TILE
 from sbora_diffusion.core.concept import read_concept
@@ -19,6 +19,7 @@ from sbora_diffusion.diffusion import bases
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.dataset import open_image
 from sbora_diffusion.diffusion.pipeline import draw
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluate import PROMPTS, EvaluateConfig, evaluate_concept
 from sbora_diffusion.evaluation.features import EfficientNetFeatures
 from sbora_diffusion.pictures import read_prompt, save_png

@@ -39,6 +39,10 @@ class TrainConfig(BaseModel):
     min_snr_gamma: float | None = Field(None, gt=0, description="arXiv 2303.09556; 5 is usual")
     prior_weight: float = Field(0.0, ge=0, description="loss on pictures of the bare class noun")
     prior_images: int = Field(16, ge=1, le=10_000)
+    preservation: float = Field(
+        0.0, ge=0, description="loss that keeps generic prompts as the frozen base draws them"
+    )
+    preservation_rows: int = Field(1, ge=1, le=1024, description="generic rows beside each batch")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     save_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the concept file")

@@ -15,6 +15,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import Example, load_examples, to_tensor
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.pipeline import draw, encode
+from sbora_diffusion.diffusion.preservation import Preserved, preserved_examples
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import word_vectors
 
@@ -42,6 +43,30 @@ class Stream:
         return objective.draw(self.latents[rows], self.generator), words
 
 
+@dataclass(frozen=True, eq=False)
+class Mindful:
+    """A stream whose batches have some rows more: what the frozen base makes of generic prompts.
+
+    Attributes:
+        rows: how many.
+        share: of their loss in the sum with the others' mean.
+    """
+
+    own: Stream
+    preserved: Preserved
+    rows: int
+    share: float
+
+    def draw(self, objective: Objective, batch_size: int) -> tuple[Draw, list[str]]:
+        """The next batch, of batch_size + rows; its weighted mean is the sum of both losses."""
+        own, words = self.own.draw(objective, batch_size)
+        others, captions = self.preserved.draw(self.rows, self.own.generator)
+        total = batch_size + self.rows
+        own = own._replace(weight=own.weight * total / batch_size)
+        others = others._replace(weight=others.weight * self.share * total / self.rows)
+        return Draw(*map(torch.cat, zip(own, others, strict=True))), words + captions
+
+
 class Lesson:
     """One subject, its recipe and its range.
 
@@ -56,6 +81,7 @@ class Lesson:
         widths: canonical name → how many indices the layer has.
         initial: (vectors, dim), what the placeholder starts from.
         prior: pictures of the bare class noun.
+        preserved: what the base makes of generic prompts.
 
     Raises:
         CapacityError, DataError, ConfigError: the base is as it was.
@@ -72,13 +98,17 @@ class Lesson:
         self.widths = {n: layer_width(layer, config.variant) for n, layer in self.layers.items()}
         check_capacity(self.widths, start, start + config.rank)
         self.prior = self._prior_examples() if config.prior_weight else []
+        self.preserved = preserved_examples(base) if config.preservation else None
 
-    def streams(self) -> list[Stream]:
-        """The subject's own batches and, where the recipe asks for them, those of its class; both
+    def streams(self) -> list[Stream | Mindful]:
+        """The subject's own batches and, where the recipe asks for them, those of its class; all
         draw from one generator."""
-        generator = Generator().manual_seed(self.config.seed)
-        kinds = [self.examples, self.prior] if self.prior else [self.examples]
-        return [self._stream(examples, generator) for examples in kinds]
+        generator, config = Generator().manual_seed(self.config.seed), self.config
+        subject = self._stream(self.examples, generator)
+        own: Stream | Mindful = subject
+        if self.preserved is not None:
+            own = Mindful(subject, self.preserved, config.preservation_rows, config.preservation)
+        return [own, self._stream(self.prior, generator)] if self.prior else [own]
 
     def _stream(self, examples: list[Example], generator: Generator) -> Stream:
         latents = encode(self.base, torch.stack([example.pixels for example in examples]))

@@ -60,6 +60,16 @@ class Objective:
         target = self.scheduler.get_velocity(latents, noise, timesteps) if self.velocity else noise
         return NoisedBatch(noised, timesteps, target, weight)
 
+    def explained(self, batch: NoisedBatch, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise that are what was predicted: of all that give these
+        noised latents, those whose target is `predicted`."""
+        alphas = self._alphas[batch.timesteps].view(-1, 1, 1, 1).to(predicted)
+        signal, spread = alphas.sqrt(), (1 - alphas).sqrt()
+        if self.velocity:
+            latents = signal * batch.noised - spread * predicted
+            return latents, spread * batch.noised + signal * predicted
+        return (batch.noised - spread * predicted) / signal, predicted
+
     def errors(self, predicted: Tensor, batch: NoisedBatch) -> Tensor:
         """(B,), the weighted mean squared error of each sample, in fp32."""
         error = (predicted.float() - batch.target.float()).square().mean(dim=(1, 2, 3))

@@ -50,3 +50,8 @@ def with_nouns(prompt: str, nouns: Mapping[str, str]) -> Replaced:
             text += nouns[token]
             end = match.end()
     return Replaced(text + prompt[end:], spans)
+
+
+def with_article(noun: str) -> str:
+    """ "cat" → "a cat", "apple" → "an apple"."""
+    return f"{'an' if noun.lower().startswith(tuple('aeiou')) else 'a'} {noun}"

@@ -20,11 +20,11 @@ from merging_study.plan import (
     Three,
     numbered,
 )
-from sbora_diffusion.alignment import with_article
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.pipeline import decode, draw_latents
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.diffusion.routing import Router, Source
 from sbora_diffusion.evaluate import PROMPTS, EvaluateConfig
 

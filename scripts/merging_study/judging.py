@@ -22,7 +22,8 @@ from merging_study.plan import (
     numbered,
 )
 from merging_study.statistics import mean_figure, rank_correlation
-from sbora_diffusion.alignment import Judges, References, score, with_article
+from sbora_diffusion.alignment import Judges, References, score
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluation.metrics import similarity
 
 TEXT = "text_alignment"

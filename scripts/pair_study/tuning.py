@@ -8,12 +8,13 @@ from typing import Any
 
 from pair_study.lora import LoraPipeline
 from pair_study.training import trained_lora
-from sbora_diffusion.alignment import Judges, score, with_article
+from sbora_diffusion.alignment import Judges, score
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import DrawConfig, TrainConfig
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, decode, draw_latents
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluate import PROMPTS, read_pictures
 
 

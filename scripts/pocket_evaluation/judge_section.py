@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pocket_evaluation.record import share
 from pocket_evaluation.scenes import Subset, World, generator
-from sbora_diffusion.alignment import with_article
 from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.dataset import open_image
+from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluation.features import ClipFeatures
 from sbora_diffusion.evaluation.metrics import classify, recall_at_1, similarity
 from sbora_diffusion.records import at_least

@@ -1,0 +1,86 @@
+"""What the frozen base makes of generic prompts, as examples that a concept learns beside its own.
+
+A concept that is to stay silent on prompts without it learns, on such prompts, to predict what the
+frozen model predicts (its own teacher; cf. prior preservation, arXiv 2208.12242, which learns from
+pictures instead). The teacher speaks before the training begins: each prediction is turned into the
+latents and the noise that it would be exactly right for, and these are an example like any other.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Generator, Tensor
+
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.generic import generic_prompts
+from sbora_diffusion.diffusion.noise import Draw, Objective
+from sbora_diffusion.diffusion.pipeline import AT_ONCE, draw_latents
+
+PICTURES, NOISED, STEPS = 16, 6, 10
+"""Generic pictures that are drawn, how often each is noised, and the steps of drawing it."""
+SEED = 0
+"""The same examples for every concept of a base, whatever its own seed."""
+
+_KNOWN: WeakKeyDictionary[Base, "Preserved"] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Preserved:
+    """Examples on which the frozen model is right.
+
+    Attributes:
+        examples: (N, …) each, on the CPU.
+        captions: N generic prompts.
+    """
+
+    examples: Draw
+    captions: tuple[str, ...]
+
+    def draw(self, count: int, generator: Generator) -> tuple[Draw, list[str]]:
+        """Some of them, with repetition."""
+        rows = torch.randint(len(self.captions), (count,), generator=generator)
+        chosen = Draw(*(part[rows] for part in self.examples))
+        return chosen, [self.captions[row] for row in rows.tolist()]
+
+
+def preserved_examples(base: Base) -> Preserved:
+    """The examples of a base; drawn once for each base that is loaded.
+
+    Args:
+        base: unadapted, nothing folded into it.
+    """
+    if base not in _KNOWN:
+        _KNOWN[base] = _made(base)
+    return _KNOWN[base]
+
+
+def _made(base: Base) -> Preserved:
+    prompts = generic_prompts(PICTURES, SEED)
+    objective = Objective(base.pipeline.scheduler.config, 0.0, None)
+    generator = Generator().manual_seed(SEED)
+    parts, captions = [], []
+    for start in range(0, PICTURES, AT_ONCE):
+        some = prompts[start : start + AT_ONCE]
+        latents = draw_latents(base, some, range(start, start + len(some)), STEPS).cpu()
+        for _ in range(NOISED):
+            parts.append(_explained(base, objective, objective.draw(latents, generator), some))
+            captions += some
+    return Preserved(Draw(*map(torch.cat, zip(*parts, strict=True))), tuple(captions))
+
+
+@torch.no_grad()
+def _explained(base: Base, objective: Objective, draw: Draw, prompts: list[str]) -> Draw:
+    """The draw with the latents and noise that the model's prediction says."""
+    batch = objective.noised(draw)
+    unet = base.pipeline.unet
+    noised = batch.noised.to(base.device, unet.dtype)
+    states = _states(base, prompts)
+    predicted = unet(noised, batch.timesteps.to(base.device), states).sample
+    latents, noise = objective.explained(batch, predicted.float().cpu())
+    return draw._replace(latents=latents, noise=noise)
+
+
+def _states(base: Base, prompts: list[str]) -> Tensor:
+    states, _ = base.pipeline.encode_prompt(prompts, base.device, 1, False)
+    return states
