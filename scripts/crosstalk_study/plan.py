@@ -1,0 +1,116 @@
+"""The subjects, the recipes and the ways of merging."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from recipe_study.plan import SUBJECTS as HELD_OUT
+
+from sbora_diffusion.diffusion.prompts import with_article
+from sbora_diffusion.evaluate import PROMPTS
+
+SUBJECTS = HELD_OUT[:14]
+"""Held-out subjects that are not among the committed concepts; all of them in one model."""
+SEEDS = (0, 1, 2)
+
+STRANGERS = ("cat", "car", "chair", "cake")
+"""Nouns of which no subject is one."""
+UNRELATED = tuple(p.format(with_article(noun)) for noun, p in product(STRANGERS, PROMPTS))
+"""Prompts without any concept."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How concepts are trained.
+
+    Attributes:
+        changes: in the default recipe.
+        layers: groups of layers that are adapted, see `layer_group`; all if empty.
+        white: whether factors are trained in coordinates that generic inputs fill evenly, and how
+            much of the mean energy is added to each coordinate's.
+        alone: steps in which the placeholder trains alone, before the factors.
+    """
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    white: float | None = None
+    alone: int = 0
+
+
+EVERY = TEXT, KEYS_VALUES, QUERIES_OUT, SELF = (
+    "text encoder", "keys, values", "queries, outputs", "self",
+)  # fmt: skip
+
+
+def layer_group(name: str) -> str:
+    """The group of an adapted layer, by its canonical name."""
+    if name.startswith("text_encoder."):
+        return TEXT
+    if ".attn1." in name:
+        return SELF
+    return KEYS_VALUES if name.endswith(("to_k", "to_v")) else QUERIES_OUT
+
+
+LOUD = {"rate_unet": 3e-3, "rate_text_encoder": 2e-3}
+KEPT = {**LOUD, "preservation": 1.0}
+FB = {"variant": "fb", "rate_unet": 2e-3}
+LONG = {**KEPT, "steps": 600, "vectors": 8, "batch_size": 8}
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(),
+    "fb": Recipe({"variant": "fb", "rate_unet": 5e-4}),
+    "loud": Recipe(LOUD),
+    "loud, batch 8": Recipe({**LOUD, "batch_size": 8}),
+    "preserved": Recipe(KEPT),
+    "preserved, 2 rows": Recipe({**KEPT, "preservation_rows": 2}),
+    "preserved, weight 3": Recipe({**KEPT, "preservation": 3.0}),
+    "preserved, weight 10": Recipe({**KEPT, "preservation": 10.0}),
+    "preserved, batch 8": Recipe({**KEPT, "batch_size": 8}),
+    "preserved, fb": Recipe({**KEPT, **FB}),
+    "preserved, text encoder": Recipe(KEPT, (TEXT,)),
+    "preserved, keys and values": Recipe(KEPT, (KEYS_VALUES,)),
+    "preserved, cross-attention": Recipe(KEPT, (KEYS_VALUES, QUERIES_OUT)),
+    "preserved, text and keys and values": Recipe(KEPT, (TEXT, KEYS_VALUES)),
+    "white, fb": Recipe({"variant": "fb", **dict.fromkeys(LOUD, 3e-3)}, white=1e-2),
+    "white, fb, louder": Recipe({"variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, white=1e-3),
+    "white, fa": Recipe(dict.fromkeys(LOUD, 3e-3), white=1e-2),
+    "white, fb, keys and values": Recipe(
+        {"variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, (KEYS_VALUES,), white=1e-3
+    ),
+    "token first": Recipe({**KEPT, "steps": 600}, alone=200),
+    "token first, long": Recipe(LONG, alone=300),
+    "token first, long, fb": Recipe({**LONG, **FB}, alone=300),
+    "token first, long, weight 3": Recipe({**LONG, "preservation": 3.0}, alone=300),
+    "token only": Recipe({"rate_unet": 0.0, "rate_text_encoder": 0.0}),
+    "token only, long": Recipe(
+        {"rate_unet": 0.0, "rate_text_encoder": 0.0, "vectors": 8, "batch_size": 8}
+    ),
+    "quiet": Recipe({"rate_unet": 4e-4}),
+}
+"""Name → how all subjects are trained."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How concepts come into one model.
+
+    Attributes:
+        weight: λ of each; None for one over their number.
+        calibration: settings of `CalibrateConfig`; None for a plain sum.
+    """
+
+    weight: float | None = 1.0
+    calibration: Mapping[str, Any] | None = None
+
+
+MERGES: dict[str, Merge] = {
+    "added": Merge(),
+    "added, weight 0.6": Merge(0.6),
+    "averaged": Merge(None),
+    "calibrated": Merge(calibration={}),
+    "calibrated, generic 1": Merge(calibration={"generic_weight": 1.0}),
+    "calibrated, generic 30": Merge(calibration={"generic_weight": 30.0}),
+    "calibrated, generic 300": Merge(calibration={"generic_weight": 300.0}),
+}
+"""Name → how they are merged."""

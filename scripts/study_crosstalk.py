@@ -1,0 +1,256 @@
+"""What keeps concepts in one model from disturbing each other, and what it costs each alone.
+
+    python scripts/render_concepts.py                              # the subjects' pictures
+    python scripts/study_crosstalk.py run --device cuda --part 1 --parts 12
+    python scripts/study_crosstalk.py report
+
+`run` trains all subjects of one recipe and seed at once, each in a slot of its own; draws every
+prompt with each concept alone and with all of them in one model, merged in every way of the plan;
+draws prompts without a concept, too; and judges the pictures. It writes one file a recipe and seed.
+`report` needs all of them and writes results/crosstalk.json.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from crosstalk_study.measures import NOISE, Drawing, Measures
+from crosstalk_study.plan import MERGES, RECIPES, SEEDS, SUBJECTS, Merge, Recipe
+from crosstalk_study.remedies import Remedied
+from merging_study.plan import part_of
+from merging_study.statistics import mean_figure
+
+from sbora_diffusion.alignment import load_judges
+from sbora_diffusion.console import quiet_libraries
+from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.calibrated import Calibrated
+from sbora_diffusion.diffusion.concepts import Subject, read_subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.lesson import Lesson
+from sbora_diffusion.diffusion.merging import Merged
+from sbora_diffusion.diffusion.moments import CalibrateConfig, generic_moments
+from sbora_diffusion.evaluation.features import LOCAL
+from sbora_diffusion.records import run_of
+
+WHAT = "alignment of concepts alone and in one model, by training recipe and way of merging"
+FIGURES = ("text_alignment", "pocket-clip", "efficientnet-lite2")
+CLASS_WORD = "class word"
+
+
+def train(
+    base: Base, subjects: Sequence[Subject], recipe: Recipe, config: TrainConfig
+) -> list[Concept]:
+    """A concept of each subject, all trained in one batch."""
+    lessons = [Lesson(base, s, config, slot * config.rank) for slot, s in enumerate(subjects)]
+    generic = generic_moments(base, CalibrateConfig(), lambda _: None) if recipe.white else {}
+    training = Remedied(base, lessons, recipe, generic)
+    try:
+        for _ in training.steps():
+            pass
+        return training.concepts()
+    finally:
+        training.close()
+
+
+def run(args: argparse.Namespace) -> None:
+    judge = args.judge
+    judges = load_judges(f"{LOCAL}{judge}" if Path(judge).is_dir() else judge, args.device)
+    base = load_base(args.base, args.device)
+    subjects = [read_subject(args.concepts / name) for name in args.subjects]
+    how = Drawing(args.num, args.seed, args.steps, args.guidance)
+    measures = Measures(base, judges, subjects, how)
+    args.files.mkdir(parents=True, exist_ok=True)
+    if args.part == 1:
+        began = time.monotonic()
+        _write(args, CLASS_WORD, {**_bare(measures), "run": _run(args, began)})
+    for name, seed in part_of(list(product(args.recipes, args.seeds)), args.part, args.parts):
+        began = time.monotonic()
+        recipe = RECIPES[name]
+        config = TrainConfig(**{**recipe.changes, **args.settings, "seed": seed})
+        concepts = train(base, subjects, recipe, config)
+        seconds = round(time.monotonic() - began, 1)
+        found = {"recipe": name, "seed": seed, "training_seconds": seconds}
+        found |= {"alone": measures.alone(concepts), **_in_one_model(args, measures, concepts)}
+        _write(args, f"{name} {seed}", {**found, "run": _run(args, began)})
+
+
+def _bare(measures: Measures) -> dict[str, Any]:
+    """What the base does by itself: class words, and what a little noise changes."""
+    plain, noisy = measures.unrelated(), measures.unrelated(NOISE)
+    return {
+        "alone": measures.of_class_words(),
+        "noise": measures.distance(noisy, plain),
+        "text_of_unrelated": measures.text_of_unrelated(plain),
+    }
+
+
+def _in_one_model(
+    args: argparse.Namespace, measures: Measures, concepts: Sequence[Concept]
+) -> dict[str, Any]:
+    """Way of merging → figures with all concepts in the model."""
+    plain, found = measures.unrelated(), {}
+    for name in args.merges:
+        began = time.monotonic()
+        model = merged(measures.base, concepts, MERGES[name])
+        seconds = time.monotonic() - began
+        pictures = measures.unrelated()
+        found[name] = {
+            "seconds": round(seconds, 2),
+            "each": measures.merged(),
+            "distance": measures.distance(pictures, plain),
+            "text_of_unrelated": measures.text_of_unrelated(pictures),
+        }
+        model.restore()
+    return {"merged": found}
+
+
+def merged(base: Base, concepts: Sequence[Concept], how: Merge) -> Merged:
+    """All concepts in the base; `restore` gives it back."""
+    weight = 1 / len(concepts) if how.weight is None else how.weight
+    pairs = [(concept, weight) for concept in concepts]
+    if how.calibration is None:
+        return Merged(base, pairs)
+    return Calibrated(base, pairs, CalibrateConfig.model_validate(how.calibration))
+
+
+def _write(args: argparse.Namespace, name: str, found: Mapping[str, Any]) -> None:
+    (args.files / f"{name.replace(' ', '_')}.json").write_text(json.dumps(found))
+    print(name, flush=True)
+
+
+def _run(args: argparse.Namespace, began: float) -> dict[str, Any]:
+    return run_of(command(), args.device, time.monotonic() - began, args.commit)
+
+
+def report(args: argparse.Namespace) -> None:
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(args.files.glob("*.json"))}
+    bound = files.pop(CLASS_WORD.replace(" ", "_"))
+    by_recipe: dict[str, list[dict[str, Any]]] = {}
+    for found in files.values():
+        by_recipe.setdefault(found["recipe"], []).append(found)
+    order = sorted(by_recipe, key=list(RECIPES).index)
+    record = {
+        "what": WHAT,
+        **{key: bound["run"][key] for key in ("date", "commit", "device", "versions")},
+        "subjects": list(bound["alone"]),
+        "class_word": {k: _mean([e[k] for e in bound["alone"].values()]) for k in FIGURES},
+        "unrelated": {"noise": bound["noise"], "text_alignment": bound["text_of_unrelated"]},
+        "recipes": [_row(name, by_recipe[name], bound) for name in order],
+        "runs": [bound["run"], *(found["run"] for name in order for found in by_recipe[name])],
+    }
+    args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for row in record["recipes"]:
+        print(_line(row), flush=True)
+
+
+def _row(name: str, runs: Sequence[Mapping[str, Any]], bound: Mapping[str, Any]) -> dict[str, Any]:
+    """One recipe, over its seeds; a concept's figure is the mean over them."""
+    recipe = RECIPES[name]
+    alone = _over_seeds([found["alone"] for found in runs])
+    strong = [
+        concept
+        for concept, figures in alone.items()
+        if all(figures[k] - bound["alone"][concept][k] >= 0.1 for k in FIGURES[1:])
+    ]
+    return {
+        "recipe": name,
+        "changes": dict(recipe.changes),
+        "layers": list(recipe.layers),
+        "white": recipe.white,
+        "alone_steps": recipe.alone,
+        "seeds": [found["seed"] for found in runs],
+        "training_seconds": max(found["training_seconds"] for found in runs),
+        "alone": {k: _mean([figures[k] for figures in alone.values()]) for k in FIGURES},
+        "strong": strong,
+        "merged": {way: _way(runs, way, alone, strong, bound) for way in runs[0]["merged"]},
+    }
+
+
+def _way(
+    runs: Sequence[Mapping[str, Any]],
+    way: str,
+    alone: Mapping[str, Mapping[str, float]],
+    strong: Sequence[str],
+    bound: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What one way of merging makes of a recipe's concepts."""
+    each = _over_seeds([found["merged"][way]["each"] for found in runs])
+    parts = [found["merged"][way] for found in runs]
+    change = {c: {k: each[c][k] - alone[c][k] for k in FIGURES} for c in each}
+    texts = [part["text_of_unrelated"] - bound["text_of_unrelated"] for part in parts]
+    return {
+        "seconds": max(part["seconds"] for part in parts),
+        "change": {k: _mean([change[c][k] for c in change]) for k in FIGURES},
+        "change_of_strong": {k: _mean([change[c][k] for c in strong]) for k in FIGURES}
+        if strong
+        else None,
+        "worst": {k: round(min(change[c][k] for c in change), 4) for k in FIGURES},
+        "unrelated_distance": {
+            k: round(sum(part["distance"][k] for part in parts) / len(parts), 5)
+            for k in FIGURES[1:]
+        },
+        "unrelated_text_change": round(sum(texts) / len(texts), 4),
+    }
+
+
+def _over_seeds(
+    runs: Sequence[Mapping[str, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    return {
+        concept: {k: sum(found[concept][k] for found in runs) / len(runs) for k in FIGURES}
+        for concept in runs[0]
+    }
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    return mean_figure(list(values))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    alone = " ".join(f"{row['alone'][k]['value']:.3f}" for k in FIGURES)
+    ways = [
+        f"{way} " + " ".join(f"{found['change'][k]['value']:+.3f}" for k in FIGURES)
+        for way, found in row["merged"].items()
+    ]
+    return f"{row['recipe']:38} {alone} | " + " | ".join(ways)
+
+
+def command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--files", type=Path, default=Path("build/crosstalk"), help="of each run")
+    parser.add_argument("--record", type=Path, default=Path("results/crosstalk.json"))
+    parser.add_argument("--concepts", type=Path, default=Path("build/concepts"))
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), metavar="NAME")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--merges", nargs="+", default=list(MERGES), choices=list(MERGES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON for all recipes")
+    parser.add_argument("--base", default="pocket")
+    parser.add_argument("--judge", default="pocket-clip")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num", type=int, default=2, help="pictures for each prompt")
+    parser.add_argument("--seed", type=int, default=20_000_000, help="of the pictures")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--part", type=int, default=1)
+    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--commit", help="of the code, on a machine without its checkout")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    args = arguments()
+    run(args) if args.action == "run" else report(args)
