@@ -1,6 +1,7 @@
 """Imports point one way: core knows neither diffusers nor sbora_diffusion.diffusion."""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -48,7 +49,26 @@ def forbidden_imports(source: str) -> list[str]:
 def test_core_can_be_imported_where_diffusers_cannot():
     modules = modules_of(PACKAGE / "core")
     assert len(modules) >= 12 and "sbora_diffusion.core.tuner.layer" in modules
+    if importlib.util.find_spec("triton") is None:  # as on macOS
+        modules.remove("sbora_diffusion.core.kernels")
     done = imports_under_a_ban(PACKAGE.parent, modules)
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_is_imported_where_kernels_run_alone():
+    program = (
+        "import sys, torch\n"
+        "from sbora_diffusion.core.strips import Strips\n"
+        "before = 'triton' in sys.modules\n"
+        "many, at = [torch.zeros(2, 2)] * 2, [torch.tensor([0])] * 2\n"
+        "Strips(0, many, at).read()\n"
+        "assert 'sbora_diffusion.core.kernels' not in sys.modules\n"
+        "assert ('triton' in sys.modules) == before\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sbora_diffusion.core.recalled import Origin
+from sbora_diffusion.core.strips import gathered
 
 FULL = (torch.float32, torch.float64)
 """Dtypes in which a GEMM may add to its output: nothing is rounded between product and sum."""
@@ -147,7 +148,7 @@ class Folded(Function):
         kept: tuple[Tensor | None, ...] = ()
         if needs_factor and dim == 1:
             # The columns are a copy in any case: in the GEMM's dtype it is the smaller one.
-            kept = (x.index_select(-1, indices).to(y.dtype),)
+            kept = (gathered(x, indices, y.dtype),)
         elif needs_factor and origin is not None:
             origin.recall.add_reader()
             ctx.recall, kept = origin.recall, origin.inputs
@@ -166,7 +167,7 @@ class Folded(Function):
             dx = (grad @ weight.to(grad.dtype)).to(dtype)
         if kept:
             x = kept[0] if ctx.recall is None else ctx.recall.output(*kept)
-            rows = grad if ctx.dim == 1 else grad.index_select(-1, indices)
+            rows = grad if ctx.dim == 1 else gathered(grad, indices, grad.dtype)
             dfactor = factor_gradient(rows, x, ctx.scale, grad.dtype, factor_dtype)
         return dx, dfactor, None, None, None, None, None, None
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sbora_diffusion.core.errors import ConflictError, NonFiniteError
 from sbora_diffusion.core.functional import scaled_factor
+from sbora_diffusion.core.strips import Strips
 from sbora_diffusion.core.updates import Crowd, Update, Write, check_updates, share_of
 from sbora_diffusion.core.writing import Writes, write_all
 
@@ -98,7 +99,8 @@ def change_writes(change: Change) -> Iterator[Writes]:
     """A change as `write_all` takes it; what was there is read right before it is written."""
     for dim, at, block in change.writes:
         # Reading first also makes writing faster: strided entries are then in the cache.
-        yield Writes(dim, (change.weight,), (at,), (block,), (change.weight.index_select(dim, at),))
+        strips = Strips(dim, (change.weight,), (at,))
+        yield Writes(strips, block, strips.read())
 
 
 def fold(weight: Tensor, updates: Sequence[Update]) -> Originals:

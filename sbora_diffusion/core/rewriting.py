@@ -1,20 +1,18 @@
 """Writing single updates again after each optimizer step: the bytes of `merging.fold`, for less.
 
-What does not change between the steps is prepared once. A write is then three operations on lists
-of all layers, which a GPU does in a few kernels each, and the write of each layer's own entries.
+What does not change between the steps is prepared once. A write is then three operations on the
+entries of all layers, which a GPU does in a few kernels, and one that puts them into the weights.
 """
 
 from collections.abc import Sequence
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
 
+from sbora_diffusion.core.strips import Strips, capturing
 from sbora_diffusion.core.updates import Update
-
-BY_ROWS = ("cuda",)
-"""Kinds of devices on which copying many rows at once takes fewer kernels than layer by layer."""
 
 
 class Rewrite:
@@ -26,51 +24,81 @@ class Rewrite:
         original: the unfolded weight's entries there, in the shape of the factor.
 
     Attributes:
-        original: in the dtype of the sum.
-        block: where new entries are rounded to the weight's dtype.
-        rows: the weight's own, each, where an FB update is written by rows; else empty.
-        kind: list operations are a few kernels only for tensors of one device and type.
+        kind: what layers have in common that are written together.
     """
 
     def __init__(self, weight: Tensor, update: Update, original: Tensor) -> None:
-        self.weight, self.update, self.indices = weight, update, update.index(weight.device)
+        self.weight, self.update, self.original = weight, update, original
+        self.indices = update.index(weight.device)
+        self.kind = str(weight.device), str(weight.dtype), str(update.factor.dtype), update.dim
+
+
+class Rewriting:
+    """Writes lists of layers, and stays prepared for the last one."""
+
+    def __init__(self) -> None:
+        self._rewrites: list[Rewrite] = []
+        self._groups: list[_Group] = []
+
+    @torch.no_grad()
+    def write(self, rewrites: Sequence[Rewrite]) -> None:
+        """Write cast(fp32(W0) + scale · factor) for the factors as they are now; nothing is
+        checked."""
+        if len(rewrites) != len(self._rewrites) or not all(map(is_, rewrites, self._rewrites)):
+            groups = _groups(rewrites)
+            # What is prepared in a recording holds nothing until this is replayed.
+            if not any(capturing(one.weight.device) for one in rewrites[:1]):
+                self._rewrites, self._groups = list(rewrites), groups
+        else:
+            groups = self._groups
+        for group in groups:
+            group.write()
+
+
+def rewrite(rewrites: Sequence[Rewrite]) -> None:
+    """Write layers once, see `Rewriting.write`."""
+    Rewriting().write(rewrites)
+
+
+class _Group:
+    """Layers of one kind.
+
+    Attributes:
+        originals: flat as all of these, in the dtype of the sum.
+        totals: where new entries are summed, and each layer's `parts` of them.
+        rounded: where they are rounded to the weights' dtype.
+    """
+
+    def __init__(self, rewrites: list[Rewrite]) -> None:
+        self.rewrites = rewrites
+        weights = [one.weight for one in rewrites]
+        dim, indices = rewrites[0].update.dim, [one.indices for one in rewrites]
+        self.strips = Strips(dim, weights, indices)
+        self.wide = torch.promote_types(weights[0].dtype, torch.float32)
+        self.originals = self.strips.empty(self.wide)
+        originals = [one.original for one in rewrites]
+        torch._foreach_copy_(self.strips.views(self.originals), originals)
         # `fold` sums from zero, which makes a −0 a +0; adding to a +0 does the same.
-        wide = torch.promote_types(original.dtype, torch.float32)
-        self.original = original.to(wide, copy=True).add_(0.0)
-        self.block = torch.empty_like(original)
-        by_rows = weight.device.type in BY_ROWS and update.dim == 0
-        self.rows = [weight.detach()[index] for index in update.owned] if by_rows else []
-        self.kind = str(weight.device), str(weight.dtype), str(update.factor.dtype), by_rows
+        self.originals.add_(0.0)
+        self.totals = self.strips.empty(self.wide)
+        self.parts = self.strips.views(self.totals)
+        self.rounded = self.strips.empty()
 
     def write(self) -> None:
-        """Put the block into the weight."""
-        self.weight.index_copy_(self.update.dim, self.indices, self.block)
+        self.totals.copy_(self.originals)
+        torch._foreach_add_(self.parts, self._scaled())
+        self.strips.write(self.rounded.copy_(self.totals))
+
+    def _scaled(self) -> list[Tensor]:
+        """scale · factor of each, in at least fp32, then in the dtype of the sum."""
+        factors = [one.update.factor for one in self.rewrites]
+        wide = torch.promote_types(factors[0].dtype, torch.float32)
+        scaled, scales = [f.to(wide) for f in factors], [one.update.scale for one in self.rewrites]
+        if any(scale != 1.0 for scale in scales):
+            scaled = list(torch._foreach_mul(scaled, scales))
+        return [factor.to(self.wide) for factor in scaled]
 
 
-@torch.no_grad()
-def rewrite(rewrites: Sequence[Rewrite]) -> None:
-    """Write cast(fp32(W0) + scale · factor) for the factors as they are now; nothing is checked."""
+def _groups(rewrites: Sequence[Rewrite]) -> list[_Group]:
     kind = attrgetter("kind")
-    for _, group in groupby(sorted(rewrites, key=kind), key=kind):
-        _rewrite(list(group))
-
-
-def _rewrite(group: list[Rewrite]) -> None:
-    totals = torch._foreach_add([one.original for one in group], _scaled(group))
-    torch._foreach_copy_([one.block for one in group], totals)
-    if group[0].rows:
-        rows = [row for one in group for row in one.rows]
-        torch._foreach_copy_(rows, [part for one in group for part in one.block.unbind()])
-    else:
-        for one in group:
-            one.write()
-
-
-def _scaled(group: list[Rewrite]) -> list[Tensor]:
-    """scale · factor of each, in at least fp32, then in the dtype of the sum."""
-    factors = [one.update.factor for one in group]
-    wide = torch.promote_types(factors[0].dtype, torch.float32)
-    scaled, scales = [factor.to(wide) for factor in factors], [one.update.scale for one in group]
-    if any(scale != 1.0 for scale in scales):
-        scaled = list(torch._foreach_mul(scaled, scales))
-    return [factor.to(one.original.dtype) for factor, one in zip(scaled, group, strict=True)]
+    return [_Group(list(group)) for _, group in groupby(sorted(rewrites, key=kind), key=kind)]

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,21 +59,14 @@ class Share:
             fitting.add(kind)
         return True
 
-    def places(self, layers: tuple[str, ...], device: torch.device) -> "Places":
-        """The indices in these layers as int64; they stay there as long as the concept."""
+    def places(self, layers: tuple[str, ...], device: torch.device) -> Tensor:
+        """The indices in these layers as int64 (layers, r); they stay there as long as the
+        concept."""
         known = self.footprint.places
         if (layers, device) not in known:
             indices = [self.concept.layers[layer].indices for layer in layers]
-            stacked = torch.stack(indices).to(device, torch.int64)
-            known[layers, device] = Places(stacked, stacked.unbind())
+            known[layers, device] = torch.stack(indices).to(device, torch.int64)
         return known[layers, device]
-
-
-class Places(NamedTuple):
-    """Indices of several layers: (layers, r), and of each layer (r,)."""
-
-    stacked: Tensor
-    each: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +83,7 @@ class Footprint:
     even: bool
     layers: frozenset[str]
     fitting: set[tuple[tuple[str, ...], torch.Size, torch.dtype]] = field(default_factory=set)
-    places: dict[tuple[tuple[str, ...], torch.device], Places] = field(default_factory=dict)
+    places: dict[tuple[tuple[str, ...], torch.device], Tensor] = field(default_factory=dict)
 
 
 _FOOTPRINTS: WeakKeyDictionary[Concept, Footprint] = WeakKeyDictionary()

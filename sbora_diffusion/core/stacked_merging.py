@@ -1,8 +1,8 @@
 """Folding many layers at once, where no concept meets another: the usual case, and the quick one.
 
 Layers of one shape are stacked, so that all arithmetic is a few operations for all of them, and
-each layer costs one read and one write. The entries get the bytes that `merging.prepare` gives: of
-all that may touch them, there is one update alone (`merging.folded_alone`).
+each stack is read and written once, see `strips`. The entries get the bytes that `merging.prepare`
+gives: of all that may touch them, there is one update alone (`merging.folded_alone`).
 """
 
 import math
@@ -16,6 +16,7 @@ from sbora_diffusion.core.errors import NonFiniteError
 from sbora_diffusion.core.functional import scaled_factor
 from sbora_diffusion.core.merging import folded_alone
 from sbora_diffusion.core.shares import Share
+from sbora_diffusion.core.strips import Strips
 from sbora_diffusion.core.writing import Writes
 
 Blocks = Mapping[str, Mapping[str, Tensor]]
@@ -111,11 +112,10 @@ def _checked(
 
 @torch.no_grad()
 def _computed(stack: Stack, before: Blocks) -> Computed:
-    dim, layers = stack.shares[0].dim, stack.layers
-    places = [share.places(layers, stack.weight.device) for share in stack.shares]
-    at = places[0].each if len(places) == 1 else _joint([place.stacked for place in places], 0)
-    was = [weight.index_select(dim, here) for weight, here in zip(stack.weights, at, strict=True)]
-    new: list[Tensor] = []
+    layers, dim = stack.layers, stack.shares[0].dim + 1
+    strips = _strips(stack)
+    was = strips.read().view(len(layers), *strips.shapes[0])
+    parts = [_stacked(before[share.digest], layers) for share in stack.gone]
     blocks, total = {}, None
     if stack.come:
         originals = _originals(stack, before, was)
@@ -126,27 +126,30 @@ def _computed(stack: Stack, before: Blocks) -> Computed:
             for share, original in zip(stack.come, originals, strict=True)
             if share.digest not in before
         }
-        new = [folded]
-    old = [[before[share.digest][layer] for layer in layers] for share in stack.gone]
-    return Computed(Writes(dim, stack.weights, at, _joint([*old, *new], dim), was), blocks, total)
+        parts.append(folded)
+    return Computed(Writes(strips, _side_by_side(parts, dim), was), blocks, total)
 
 
-def _originals(stack: Stack, before: Blocks, was: Sequence[Tensor]) -> list[Tensor]:
+def _strips(stack: Stack) -> Strips:
+    """All that the concepts own, side by side in each weight."""
+    device, dim = stack.weight.device, stack.shares[0].dim
+    places = [share.places(stack.layers, device) for share in stack.shares]
+    return Strips(dim, stack.weights, _side_by_side(places, 1))
+
+
+def _originals(stack: Stack, before: Blocks, was: Tensor) -> list[Tensor]:
     """The unfolded entries of each concept that comes: (layers, out, r) or (layers, r, in).
 
     What stands at the places of one that was not there before is not folded by any other.
     """
     offset = sum(share.concept.meta.rank for share in stack.gone)
-    dim = stack.shares[0].dim + 1
-    found, read = [], None
+    dim, found = stack.shares[0].dim + 1, []
     for share in stack.come:
         rank = share.concept.meta.rank
         if share.digest in before:
-            known = before[share.digest]
-            found.append(torch.stack([known[layer] for layer in stack.layers]))
+            found.append(_stacked(before[share.digest], stack.layers))
         else:
-            read = torch.stack(list(was)) if read is None else read
-            found.append(read.narrow(dim, offset, rank).contiguous())
+            found.append(was.narrow(dim, offset, rank).contiguous())
         offset += rank
     return found
 
@@ -164,13 +167,8 @@ def _folded(stack: Stack, originals: list[Tensor]) -> Tensor:
     return folded_alone(_side_by_side(scaled, dim), original)
 
 
-def _joint(parts: Sequence[Sequence[Tensor] | Tensor], dim: int) -> Sequence[Tensor]:
-    """Layer by layer, the entries of all parts side by side."""
-    if len(parts) == 1:
-        (part,) = parts
-        return part.unbind() if isinstance(part, Tensor) else part
-    stacked = [part if isinstance(part, Tensor) else torch.stack(list(part)) for part in parts]
-    return torch.cat(stacked, dim + 1).unbind()
+def _stacked(blocks: Mapping[str, Tensor], layers: Sequence[str]) -> Tensor:
+    return torch.stack([blocks[layer] for layer in layers])
 
 
 def _side_by_side(parts: list[Tensor], dim: int) -> Tensor:

@@ -1,37 +1,35 @@
 """Writing into weights in place: all of it or nothing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sbora_diffusion.core.strips import Strips
+
 
 class Writes(NamedTuple):
-    """Entries of several weights, one of each list for each weight.
+    """New entries of strips, as `Strips.write` takes them.
 
     Attributes:
-        dim: 0 for rows, 1 for columns.
         was: what the entries were before.
     """
 
-    dim: int
-    weights: Sequence[Tensor]
-    at: Sequence[Tensor]
-    blocks: Sequence[Tensor]
-    was: Sequence[Tensor]
+    strips: Strips
+    new: Tensor
+    was: Tensor
 
 
 @torch.no_grad()
 def write_all(writes: Iterable[Writes]) -> None:
     """Write entries of weights in place, all of them: what interrupts this, undoes it too."""
-    undo: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    undo: list[Writes] = []
     try:
-        for dim, *entries in writes:
-            for weight, at, block, was in zip(*entries, strict=True):
-                undo.append((dim, weight, at, was))
-                weight.index_copy_(dim, at, block)
+        for one in writes:
+            undo.append(one)
+            one.strips.write(one.new)
     except BaseException:
-        for dim, weight, at, was in reversed(undo):
-            weight.index_copy_(dim, at, was)
+        for one in reversed(undo):
+            one.strips.write(one.was)
         raise

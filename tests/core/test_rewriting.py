@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sbora_diffusion.core import gradients, rewriting
+from sbora_diffusion.core import gradients
 from sbora_diffusion.core.merging import fold
-from sbora_diffusion.core.rewriting import Rewrite, rewrite
+from sbora_diffusion.core.rewriting import Rewrite, Rewriting, rewrite
 from sbora_diffusion.core.tuner import SboraConfig, SboraLinear
 from sbora_diffusion.core.tuner.folded_training import folded_training
 from sbora_diffusion.core.updates import Update
@@ -43,21 +43,17 @@ def prepared(weight: Tensor, update: Update) -> Rewrite:
     return Rewrite(weight, update, fold(weight, [update]).blocks["k"])
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_layers_of_all_types_get_the_bytes_of_a_fresh_fold_at_every_step(
-    scale, by_rows, monkeypatch
-):
-    monkeypatch.setattr(rewriting, "BY_ROWS", ("cpu",) if by_rows else ())
+def test_layers_of_all_types_get_the_bytes_of_a_fresh_fold_at_every_step(scale):
     kinds = [(v, w, f) for v in VARIANTS for w in TYPES for f in TYPES]
     cases = [case(*kind, scale, seed) for seed, kind in enumerate(kinds * 2)]
     bases = [weight.clone() for weight, _ in cases]
     rewrites = [prepared(*one) for one in cases]
-    assert [bool(one.rows) for one in rewrites] == [by_rows and u.dim == 0 for _, u in cases]
+    rewriting = Rewriting()
     for step in range(4):
         for _, update in cases:
             moved(update.factor, step)
-        rewrite(rewrites)
+        rewriting.write(rewrites)
         for (weight, update), base in zip(cases, bases, strict=True):
             expected = base.clone()
             fold(expected, [update])
@@ -79,6 +75,35 @@ def test_scales_may_differ_from_layer_to_layer(scales):
 
 def test_writing_nothing_is_no_error():
     rewrite([])
+
+
+def test_what_is_prepared_serves_the_same_layers_alone():
+    cases = [case("fa", torch.bfloat16, torch.float32, 1.0, k) for k in range(3)]
+    bases = [weight.clone() for weight, _ in cases]
+    first, second, third = (prepared(*one) for one in cases)
+    rewriting = Rewriting()
+    lists = [first, second], [second, first], [third], [first, second, third], [first]
+    for step, some in enumerate(lists):
+        for _, update in cases:
+            moved(update.factor, step)
+        rewriting.write(some)
+        for one, base in zip((first, second, third), bases, strict=True):
+            expected = base.clone()
+            fold(expected, [one.update])
+            assert torch.equal(bits(one.weight), bits(expected)) == (one in some)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_second_write_prepares_nothing(variant):
+    cases = [case(variant, torch.bfloat16, torch.float32, 1.0, k) for k in range(3)]
+    rewrites, rewriting = [prepared(*one) for one in cases], Rewriting()
+    found = []
+    for _ in range(3):
+        with Counted() as counted:
+            rewriting.write(rewrites)
+        found.append(counted.found)
+    assert found[0].total() > found[1].total() and found[1] == found[2]
+    assert not any("empty" in name or "cat" in name for name in found[2])
 
 
 def step_operations(count: int, variant: str, alpha: float) -> Counted:
@@ -106,6 +131,7 @@ def test_a_layer_costs_a_gather_its_gradient_and_one_write(variant, alpha, scale
     expected = dict(zip(names, (1, 3, 1, scaled, 0, 1), strict=True))
     assert {name: each.get(f"aten.{name}", 0) for name in names} == expected
     lists = {name: many[name] for name in many if "_foreach" in name}
+    # One of them prepares the first write.
     assert sum(lists.values()) == 2 + scaled
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.core.functional import folded_linear
 from sbora_diffusion.core.merging import Originals, commit, prepare, restore
-from sbora_diffusion.core.rewriting import Rewrite, rewrite
+from sbora_diffusion.core.rewriting import Rewrite, Rewriting
 from sbora_diffusion.core.tuner.layer import SboraLinear
 from sbora_diffusion.core.updates import Update
 
@@ -71,12 +71,15 @@ def end_folded(layer: SboraLinear) -> None:
 
 
 @torch.no_grad()
-def write_back(layers: Iterable[SboraLinear]) -> None:
+def write_back(layers: Iterable[SboraLinear], rewriting: Rewriting | None = None) -> None:
     """Rewrite the columns or rows of the adapters in training, to be called after each step.
 
     A forward pass does this by itself, layer by layer, for a factor that was changed in place or
     got another scale; a change by way of `factor.data` goes unseen. All layers in one call cost
     less. Layers out of the form are left alone.
+
+    Args:
+        rewriting: stays prepared for the same layers.
 
     Raises:
         NonFiniteError: a factor is not finite. Checked when the form takes effect, not at each
@@ -89,7 +92,7 @@ def write_back(layers: Iterable[SboraLinear]) -> None:
                 ready.append(form)
             else:
                 form.restore()
-    rewrite([form.prepared() for form in ready])
+    (rewriting or Rewriting()).write([form.prepared() for form in ready])
     for form in ready:
         form.written()
 

@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from sbora_diffusion.core.rewriting import Rewriting
 from sbora_diffusion.core.tuner.folded import Obstacle, begin_folded, end_folded, write_back
 from sbora_diffusion.core.tuner.layer import SboraLinear
 
@@ -22,10 +23,11 @@ class FoldedTraining:
 
     layers: Mapping[str, SboraLinear]
     obstacles: Mapping[str, Obstacle]
+    _rewriting: Rewriting = field(default_factory=Rewriting, repr=False, compare=False)
 
     def write_back(self) -> None:
         """Rewrite the trained columns or rows; to be called after each optimizer step."""
-        write_back(self.layers.values())
+        write_back(self.layers.values(), self._rewriting)
 
 
 @contextmanager
