@@ -2,25 +2,31 @@
 
 from enum import StrEnum
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sbora_diffusion.console import (
     BaseOption,
+    ConfigOption,
     Console,
     DeviceOption,
     Dtype,
     JsonOption,
     LibraryOption,
+    SetOption,
     open_base,
     quiet_libraries,
+    read_settings,
 )
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.library import Library
 
 if TYPE_CHECKING:
     from sbora_diffusion.core.concept_set import ConceptSet
+    from sbora_diffusion.diffusion.merging import Merged
+    from sbora_diffusion.diffusion.moments import CalibrateConfig
 
 
 class Form(StrEnum):
@@ -44,6 +50,16 @@ def merge(
     ] = Form.model,
     base: BaseOption = None,
     allow_overlap: Annotated[bool, typer.Option(help="Accept shared indices")] = False,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Draw with each concept alone, and fit the model's updates so that none speaks on "
+            "another's prompts; by default if a model gets two concepts or more",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
     device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Numbers that are written")] = Dtype.fp32,
     library: LibraryOption = None,
@@ -56,8 +72,11 @@ def merge(
     console = Console(as_json)
     loaded = load_selection(concepts, Library(library))
     selection = ConceptSet(loaded.concepts, allow_overlap or loaded.allow_overlap)
+    several = form is Form.model and len(selection.concepts) > 1
+    wanted = several if calibrate is None else calibrate
+    calibration = _calibration(form, wanted, config, settings)
     if form is Form.model:
-        facts = _write_model(console, selection, output, base, device, dtype)
+        facts = _write_model(console, selection, output, base, device, dtype, calibration)
     elif form is Form.set:
         facts = _write_set(console, selection, output, dtype)
     else:
@@ -67,6 +86,24 @@ def merge(
     console.result({**facts, **common, "concepts": listed})
 
 
+def _calibration(
+    form: Form, wanted: bool, config: Path | None, settings: list[str] | None
+) -> "CalibrateConfig | None":
+    """Settings of the calibration, None without one."""
+    if wanted and form is not Form.model:
+        raise ConfigError(
+            f"--calibrate fits a whole model, not --as {form}", "leave one of the two out"
+        )
+    if not wanted:
+        if config or settings:
+            raise ConfigError("settings are for calibration, which is off", "add --calibrate")
+        return None
+    quiet_libraries()
+    from sbora_diffusion.diffusion.moments import CalibrateConfig
+
+    return read_settings(CalibrateConfig, config, settings, {})
+
+
 def _write_model(
     console: Console,
     selection: "ConceptSet",
@@ -74,9 +111,9 @@ def _write_model(
     base: str | None,
     device: str | None,
     dtype: Dtype,
+    calibration: "CalibrateConfig | None",
 ) -> dict[str, Any]:
     from sbora_diffusion.diffusion.bases import DTYPES
-    from sbora_diffusion.diffusion.merging import Merged
     from sbora_diffusion.outputs import check_model_output
 
     check_model_output(output)
@@ -85,13 +122,39 @@ def _write_model(
     )
     if named is None:
         raise ConfigError("the concept files do not name their base", "give it with --base")
-    merged = Merged(open_base(named, device), selection.concepts, selection.allow_overlap)
+    merged = _merged(console, selection, named, device, calibration)
     if merged.rounded:
         console.warn("some concepts were trained on a rounded copy of this base")
     merged.save(output, DTYPES[dtype])
     console.say(f"{output}: {len(selection.concepts)} concepts in one model of {named}, {dtype}")
     console.say(f'next: sbora generate "{_prompt(selection)}" --base {output}')
-    return {"folder": str(output), "base": named, "rounded_base": merged.rounded}
+    used = calibration and calibration.model_dump(mode="json")
+    facts = {"folder": str(output), "base": named, "rounded_base": merged.rounded}
+    return {**facts, "calibration": used}
+
+
+def _merged(
+    console: Console,
+    selection: "ConceptSet",
+    base: str,
+    device: str | None,
+    calibration: "CalibrateConfig | None",
+) -> "Merged":
+    """The base with the concepts folded in."""
+    from sbora_diffusion.diffusion.calibrated import Calibrated
+    from sbora_diffusion.diffusion.merging import Merged
+
+    model, concepts = open_base(base, device), selection.concepts
+    if calibration is None:
+        return Merged(model, concepts, selection.allow_overlap)
+    start = perf_counter()
+    with console.progress("calibrating") as bar:
+        merged = Calibrated(model, concepts, calibration, selection.allow_overlap, bar)
+    console.say(
+        f"calibrated in {perf_counter() - start:.0f} s on {len(calibration.prompts)} prompts of "
+        f"each concept and {calibration.generic} without any"
+    )
+    return merged
 
 
 def _write_set(

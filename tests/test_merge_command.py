@@ -5,10 +5,14 @@ import json
 
 import pytest
 
+from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.concept_set import read_concept_set
 from sbora_diffusion.diffusion import bases
+from sbora_diffusion.diffusion.merging import Merged
 from tests.diffusion.helpers import strong_concept
 from tests.test_cli import refused
+
+QUICK = ("-s", 'prompts=["a photo of {}"]', "-s", "generic=1", "-s", "steps=1")
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +48,10 @@ def test_a_set_is_one_file_whose_weights_multiply_wherever_a_concept_is_taken(
     pair = (tmp_path / "deep" / "pair.safetensors").read_bytes()
     assert pair == (tmp_path / "other.safetensors").read_bytes()
 
-    assert sbora("merge", "deep/pair.safetensors:0.5", "-o", "from_set")[0] == 0
-    assert sbora("merge", f"{one}:0.25", f"{two}:0.5", "-o", "from_files")[0] == 0
+    halved = "deep/pair.safetensors:0.5"
+    assert sbora("merge", halved, "-o", "from_set", "--no-calibrate")[0] == 0
+    files = (f"{one}:0.25", f"{two}:0.5")
+    assert sbora("merge", *files, "-o", "from_files", "--no-calibrate")[0] == 0
     assert model_bytes(tmp_path / "from_set") == model_bytes(tmp_path / "from_files")
 
 
@@ -55,12 +61,13 @@ def test_overlap_needs_permission_which_every_form_records_and_a_set_keeps(sbora
         words = ("'one'", "'twin'", "576 indices in 72 layers", "--allow-overlap")
         assert refused(sbora("merge", *both, "-o", output, "--as", form), *words)
         assert not (tmp_path / output).exists()
-        assert sbora("merge", *both, "-o", output, "--as", form, "--allow-overlap")[0] == 0
+        options = ("--as", form, "--allow-overlap", "--no-calibrate")
+        assert sbora("merge", *both, "-o", output, *options)[0] == 0
     assert read_concept_set("s.safetensors").allow_overlap is True
     for folder in ("m", "l"):
         record = json.loads((tmp_path / folder / "sbora.json").read_text())
         assert record["allow_overlap"] is True and record["overlaps"][0]["indices"] == 576
-    assert sbora("merge", "s.safetensors", "-o", "again")[0] == 0
+    assert sbora("merge", "s.safetensors", "-o", "again", "--no-calibrate")[0] == 0
     two = files / "two.safetensors"
     assert refused(sbora("merge", "s.safetensors", two, "-o", "more"), "share 576 indices")
 
@@ -102,3 +109,55 @@ def test_a_member_of_a_set_is_found_by_its_name_in_the_library(sbora, files):
     status, out, _ = sbora("merge", "two:0.5", "-o", "m", "--json")
     assert status == 0
     assert json.loads(out)["concepts"] == [{"name": "two", "weight": 0.5}]
+
+
+def test_a_model_of_several_concepts_is_calibrated_unless_that_is_switched_off(
+    sbora, pocket, files, tmp_path
+):
+    one, two = strong_pair = (files / "one.safetensors", files / "two.safetensors")
+    status, out, _ = sbora("merge", *strong_pair, "-o", "fitted", *QUICK)
+    assert status == 0 and "on 1 prompts of each concept and 1 without any" in out
+    record = json.loads((tmp_path / "fitted" / "sbora.json").read_text())
+    assert (record["calibration"]["steps"], record["calibration"]["generic_weight"]) == (1, 5.0)
+    assert sbora("merge", two, one, "-o", "turned", *QUICK)[0] == 0
+    assert model_bytes(tmp_path / "turned") == model_bytes(tmp_path / "fitted")
+
+    status, out, _ = sbora("merge", one, two, "-o", "plain", "--no-calibrate", "--json")
+    assert status == 0 and json.loads(out)["calibration"] is None
+    merged = Merged(pocket, [(read_concept(file), 1.0) for file in strong_pair])
+    merged.save(tmp_path / "sum")
+    merged.restore()
+    assert model_bytes(tmp_path / "plain") == model_bytes(tmp_path / "sum")
+    differing = {
+        str(name)
+        for name, content in model_bytes(tmp_path / "plain").items()
+        if content != model_bytes(tmp_path / "fitted")[name]
+    }
+    assert {name.split("/")[0] for name in differing} == {"unet", "text_encoder", "sbora.json"}
+
+
+def test_one_concept_is_calibrated_only_if_asked_to(sbora, files, tmp_path):
+    one = files / "one.safetensors"
+    status, out, _ = sbora("merge", one, "-o", "plain", "--json")
+    assert status == 0 and json.loads(out)["calibration"] is None
+    assert "calibration" not in json.loads((tmp_path / "plain" / "sbora.json").read_text())
+    status, out, _ = sbora("merge", one, "-o", "fitted", "--calibrate", "--json", *QUICK)
+    assert status == 0 and json.loads(out)["calibration"]["generic"] == 1
+    assert model_bytes(tmp_path / "fitted") != model_bytes(tmp_path / "plain")
+
+
+def test_settings_of_the_calibration_are_checked_before_any_work(
+    sbora, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bases, "load_base", lambda *_: pytest.fail("work began"))
+    both = (files / "one.safetensors", files / "two.safetensors")
+    settings = tmp_path / "wrong.toml"
+    settings.write_text("ridges = 1\n")
+    wrong = ("merge", *both, "-o", "m")
+    assert refused(sbora(*wrong, "-s", "ridge=0"), "ridge", "greater than 0")
+    assert refused(sbora(*wrong, "-s", "stepz=2"), "did you mean 'steps'")
+    assert refused(sbora(*wrong, "-s", 'prompts=["a photo"]'), "prompts.0")
+    assert refused(sbora(*wrong, "--config", settings), "wrong.toml", "'ridge'")
+    assert refused(sbora(*wrong, "--no-calibrate", "-s", "steps=2"), "--calibrate")
+    assert refused(sbora(*wrong, "--as", "lora", "--calibrate"), "--as lora")
+    assert not (tmp_path / "m").exists()

@@ -90,7 +90,9 @@ def measure_crosstalk(
         pipeline = ConceptPipeline(base)
         pipeline.add(concept, weight)
         try:
-            norms.append(_norms(base, _prompts(concept, config), concepts, config, report))
+            norms.append(
+                _norms(base, own_prompts(concept, config.prompts), concepts, config, report)
+            )
         finally:
             pipeline.remove(concept.meta.name)
     return from_norms(names, norms)
@@ -142,6 +144,7 @@ def _steps_of_one(config: ProbeConfig) -> int:
     return -(-len(config.prompts) // BATCH) * config.steps
 
 
-def _prompts(concept: Concept, config: ProbeConfig) -> list[str]:
+def own_prompts(concept: Concept, prompts: Sequence[str]) -> list[str]:
+    """Prompts with the concept's tokens, or its class noun if it has none, in the place of {}."""
     words = " ".join(entry.token for entry in concept.meta.tokens) or concept.meta.class_noun
-    return [prompt.replace("{}", words) for prompt in config.prompts]
+    return [prompt.replace("{}", words) for prompt in prompts]

@@ -68,20 +68,9 @@ class Merged:
             NonFiniteError: a folded weight would not be finite.
             On any error nothing is changed.
         """
-        if self._fingerprint is None or (self.base.folded and not self.concepts):
-            raise ConflictError("the base has concepts folded into it", "restore it first")
-        relations = {c.meta.digest: self._relation(c, self._fingerprint) for c, _ in concepts}
-        check_mergeable([concept for concept, _ in concepts], self.allow_overlap)
-        step = self._folded.prepare(concepts)
-        before = self.concepts
-        self.tokens.set(_vectors(step.concepts))
-        try:
-            self._folded.commit(step)
-        except BaseException:
-            self.tokens.set(_vectors(before))
-            raise
+        relations = self._checked(concepts)
+        self._fold(concepts)
         self._relations = relations
-        self.base.folded = bool(self.concepts)
 
     def add(self, concept: Concept, weight: float = 1.0) -> None:
         """Fold one more concept in; raises as `switch` does."""
@@ -121,8 +110,31 @@ class Merged:
             "family": self.base.family,
             "rounded_base": self.rounded,
         }
-        record = {**of_base, **merge_record(self.concepts, self.allow_overlap, dtype)}
+        record = {**of_base, **self._record(dtype)}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def _record(self, dtype: torch.dtype) -> dict[str, Any]:
+        return merge_record(self.concepts, self.allow_overlap, dtype)
+
+    def _checked(self, concepts: Sequence[Weighted]) -> dict[str, str]:
+        """Whether the concepts belong to this base and may live together; how they relate to it."""
+        if self._fingerprint is None or (self.base.folded and not self.concepts):
+            raise ConflictError("the base has concepts folded into it", "restore it first")
+        relations = {c.meta.digest: self._relation(c, self._fingerprint) for c, _ in concepts}
+        check_mergeable([concept for concept, _ in concepts], self.allow_overlap)
+        return relations
+
+    def _fold(self, concepts: Sequence[Weighted]) -> None:
+        """Make exactly these concepts the folded ones; on any error nothing is changed."""
+        step = self._folded.prepare(concepts)
+        before = self._folded.concepts
+        self.tokens.set(_vectors(step.concepts))
+        try:
+            self._folded.commit(step)
+        except BaseException:
+            self.tokens.set(_vectors(before))
+            raise
+        self.base.folded = bool(step.concepts)
 
     def _relation(self, concept: Concept, base: Fingerprint) -> str:
         known = self._relations.get(concept.meta.digest)

@@ -1,0 +1,109 @@
+"""A merged model whose concepts do not disturb each other: folded after a closed-form fit."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.core.calibration import calibrated_concepts
+from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.core.folded_set import Weighted
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.merging import Merged
+from sbora_diffusion.diffusion.moments import (
+    CalibrateConfig,
+    generic_moments,
+    generic_steps,
+    own_moments,
+    own_steps,
+)
+from sbora_diffusion.diffusion.pipeline import StepCallback
+
+
+class Calibrated(Merged):
+    """Concepts folded in place, calibrated to each other; see `core/calibration.py`.
+
+    Each concept is drawn alone and the base without any, then all entries that the concepts own are
+    fitted together. What was measured is kept, so that a change of the set draws only for concepts,
+    or weights λ, that are new; the fit is that of the new set. As in `Merged` the order of the
+    concepts does not matter, and without concepts the base is itself, bit for bit.
+
+    Args:
+        base: unfolded and without adapters.
+        concepts: concepts with their weights λ.
+        config: what is drawn, and how it counts.
+        allow_overlap: accept concepts of one variant that share indices.
+        on_step: called with (batches' steps done, in all) while something is drawn.
+
+    Raises:
+        As `switch` does.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        concepts: Sequence[Weighted] = (),
+        config: CalibrateConfig | None = None,
+        allow_overlap: bool = False,
+        on_step: StepCallback | None = None,
+    ) -> None:
+        self.config = config or CalibrateConfig()
+        self._on_step = on_step
+        self._given: list[Weighted] = []
+        self._own: dict[tuple[str, float], dict[str, Tensor]] = {}
+        self._generic: dict[str, Tensor] | None = None
+        super().__init__(base, concepts, allow_overlap)
+
+    @property
+    def concepts(self) -> list[Weighted]:
+        """What is folded now, as it was given, in the order of the digests."""
+        return self._given
+
+    def switch(self, concepts: Sequence[Weighted]) -> None:
+        """Go to another set of concepts; all that `Merged` refuses is refused before any drawing.
+
+        Raises:
+            NonFiniteError: also if a picture, or the fit, is not finite.
+            And as `Merged.switch`. On any error nothing is changed.
+        """
+        relations = self._checked(concepts)
+        before = self._folded.concepts
+        try:
+            self._fold(concepts)
+            self._fold([(copy, 1.0) for copy in self._fitted(concepts)])
+        except BaseException:
+            self._fold(before)
+            raise
+        self._relations = relations
+        self._given = sorted(concepts, key=lambda pair: pair[0].meta.digest)
+
+    def _fitted(self, concepts: Sequence[Weighted]) -> list[Concept]:
+        if not concepts:
+            return []
+        self._measure(concepts)
+        assert self._generic is not None
+        own = {c.meta.digest: self._own[c.meta.digest, weight] for c, weight in concepts}
+        weights = self.config.generic_weight, self.config.ridge
+        return calibrated_concepts(concepts, own, self._generic, *weights)
+
+    def _measure(self, concepts: Sequence[Weighted]) -> None:
+        """Draw what has not been drawn yet; leaves the base bare or with one of them."""
+        new = [pair for pair in concepts if (pair[0].meta.digest, pair[1]) not in self._own]
+        rest = generic_steps(self.config) if self._generic is None else 0
+        total = len(new) * own_steps(self.config) + rest
+
+        def reporting(before: int) -> Callable[[int], None]:
+            return lambda done: self._on_step(before + done, total) if self._on_step else None
+
+        for number, (concept, weight) in enumerate(new):
+            report = reporting(number * own_steps(self.config))
+            self._fold([(concept, weight)])
+            found = own_moments(self.base, concept, self.config, report)
+            self._own[concept.meta.digest, weight] = found
+        if self._generic is None:
+            self._fold([])
+            self._generic = generic_moments(self.base, self.config, reporting(total - rest))
+
+    def _record(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {**super()._record(dtype), "calibration": self.config.model_dump(mode="json")}

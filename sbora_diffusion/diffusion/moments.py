@@ -1,0 +1,175 @@
+"""Second moments of what the adapted layers read, on a concept's own prompts and on generic ones.
+
+They are all that calibrated merging knows of the activations, see `core/calibration.py`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from torch import Tensor
+
+from sbora_diffusion.core.calibration import Moments, Portion, portion
+from sbora_diffusion.core.concept import Concept
+from sbora_diffusion.diffusion.activations import own_prompts, watched
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.generic import generic_prompts
+from sbora_diffusion.diffusion.pipeline import sample
+from sbora_diffusion.diffusion.prompts import spelled
+from sbora_diffusion.diffusion.targets import target_layers
+
+AT_ONCE = 8
+"""Prompts in a batch, which guidance doubles."""
+PADDING = 0.05
+"""How much a position after the prompt's end counts; they outnumber the words by far."""
+
+_READS_TEXT = re.compile(r"\.attn2\.to_[kv]$")
+
+
+class CalibrateConfig(BaseModel):
+    """What a calibrated merge is measured on, and how it weighs that. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    prompts: tuple[Annotated[str, StringConstraints(pattern=r"\{\}")], ...] = Field(
+        default=(
+            "a photo of {}",
+            "a picture of {} under water",
+            "a drawing of {} on a street",
+            "{} on a farm",
+            "a close view of {} in the rain",
+            "an image of {} next to a chair",
+        ),
+        min_length=1,
+        description="each concept's own, with {} where its token stands",
+    )
+    generic: int = Field(default=40, ge=1, le=10_000, description="prompts without a concept")
+    steps: int = Field(
+        default=3, ge=1, le=1000, description="timesteps, spread over the whole schedule"
+    )
+    guidance: float = Field(default=4.0, gt=1, description="guidance scale of all drawing")
+    generic_weight: float = Field(
+        default=5.0,
+        ge=0,
+        description="how much silence on generic prompts counts, a concept being 1",
+    )
+    ridge: float = Field(default=1e-4, gt=0, description="penalty of the update's size, see core")
+    seed: int = Field(default=0, ge=0, lt=1 << 62, description="picture k uses seed + k")
+
+
+def own_moments(
+    base: Base, concept: Concept, config: CalibrateConfig, report: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Moments on a concept's own prompts, of the conditional half of guided drawing.
+
+    Args:
+        base: with this concept in it, and no other.
+        report: called with the steps that are done, see `own_steps`.
+
+    Returns:
+        Layer to (in, in), fp32 on the CPU.
+
+    Raises:
+        NonFiniteError: the latents became NaN or infinite.
+    """
+    return _moments(base, own_prompts(concept, config.prompts), False, config, report)
+
+
+def generic_moments(
+    base: Base, config: CalibrateConfig, report: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Moments of the bare base on generic prompts, of both halves of guided drawing.
+
+    Returns and raises as `own_moments` does; for `report` see `generic_steps`.
+    """
+    return _moments(base, generic_prompts(config.generic, config.seed), True, config, report)
+
+
+def own_steps(config: CalibrateConfig) -> int:
+    """What `own_moments` counts up to."""
+    return -(-len(config.prompts) // AT_ONCE) * config.steps
+
+
+def generic_steps(config: CalibrateConfig) -> int:
+    """What `generic_moments` counts up to."""
+    return -(-config.generic // AT_ONCE) * config.steps
+
+
+@torch.no_grad()
+def _moments(
+    base: Base,
+    prompts: Sequence[str],
+    both_halves: bool,
+    config: CalibrateConfig,
+    report: Callable[[int], None],
+) -> dict[str, Tensor]:
+    moments = Moments()
+    for first in range(0, len(prompts), AT_ONCE):
+        rows = [spelled(prompt) for prompt in prompts[first : first + AT_ONCE]]
+        done = first // AT_ONCE * config.steps
+
+        def after(step: int, done: int = done) -> None:
+            report(done + step)
+
+        _draw(base, moments, rows, both_halves, config.seed + first, config, after)
+    return moments.means()
+
+
+def _draw(
+    base: Base,
+    moments: Moments,
+    prompts: list[str],
+    both_halves: bool,
+    seed: int,
+    config: CalibrateConfig,
+    after: Callable[[int], None],
+) -> None:
+    """Draw one batch and count what the layers read."""
+    empty = [""] * len(prompts)
+    texts = {
+        "prompt_embeds": _encoded(base, prompts, moments),
+        "negative_prompt_embeds": _encoded(base, empty, moments if both_halves else Moments()),
+    }
+    weights = _position_weights(base, prompts)
+    if both_halves:  # diffusers puts the negative half first
+        weights = torch.cat([_position_weights(base, empty), weights])
+    unet = {n: x for n, x in target_layers(base.pipeline).items() if n.startswith("unet.")}
+    seeds = [seed + k for k in range(len(prompts))]
+    with watched(unet, _Counting(moments, weights)):
+        sample(base, texts, seeds, config.steps, config.guidance, after)
+
+
+class _Counting:
+    """Counts the last rows of each layer's input; what several layers read is multiplied once."""
+
+    def __init__(self, moments: Moments, weights: Tensor) -> None:
+        self.moments, self.weights = moments, weights
+        self._last: tuple[Tensor, Portion] | None = None
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        if self._last is None or self._last[0] is not x:
+            reads_text = not name.startswith("unet.") or _READS_TEXT.search(name)
+            rows = x[-len(self.weights) :]
+            self._last = x, portion(rows, self.weights[-len(rows) :] if reads_text else None)
+        self.moments.add(name, self._last[1])
+
+
+def _encoded(base: Base, texts: list[str], moments: Moments) -> Tensor:
+    """The text encoder's states (B, tokens, dim); what its layers read is counted."""
+    layers = target_layers(base.pipeline, "text-encoder")
+    with watched(layers, _Counting(moments, _position_weights(base, texts))):
+        return base.pipeline.encode_prompt(texts, base.device, 1, False)[0]
+
+
+def _position_weights(base: Base, texts: list[str]) -> Tensor:
+    """(B, tokens): 1 up to the prompt's end, then `PADDING`."""
+    tokenizer = base.pipeline.tokenizer
+    expanded = [base.pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]
+    length = tokenizer.model_max_length
+    read = tokenizer(
+        expanded, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    mask = read.attention_mask.float()
+    return mask + PADDING * (1 - mask)
