@@ -123,15 +123,15 @@ def _extended(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTraine
 
 
 def _with_shared_model(backend: Tokenizer) -> Tokenizer:
-    """A second tokenizer around the same model, with added tokens of its own."""
+    """A second tokenizer around the same model, with added tokens of its own.
+
+    Padding and truncation stay behind: transformers sets both at every call, so a saved model would
+    depend on whether its base had read a prompt before.
+    """
     twin = Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if (value := getattr(backend, part)) is not None:
             setattr(twin, part, value)
-    if backend.truncation is not None:
-        twin.enable_truncation(**backend.truncation)
-    if backend.padding is not None:
-        twin.enable_padding(**backend.padding)
     for _, token in sorted(backend.get_added_tokens_decoder().items()):
         (twin.add_special_tokens if token.special else twin.add_tokens)([token])
     return twin

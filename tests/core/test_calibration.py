@@ -185,9 +185,7 @@ def test_copies_hold_the_weights_and_act_as_the_layers_solution(trio):
 
 def test_copies_do_not_depend_on_the_order_and_leave_the_originals_alone(trio):
     concepts, own, generic = trio
-    before = {
-        c.meta.digest: {n: s.factor.clone() for n, s in c.layers.items()} for c, _ in concepts
-    }
+    before = [{n: s.factor.clone() for n, s in c.layers.items()} for c, _ in concepts]
     first = calibrated_concepts(concepts, own, generic, W_G, RIDGE)
     turned = dict(reversed(own.items()))
     second = calibrated_concepts(concepts[::-1], turned, generic, W_G, RIDGE)

@@ -167,3 +167,14 @@ def test_more_placeholders_than_the_spare_rows_fit_too(pocket, tokens):
     tokens.add(many)
     expected = torch.cat([vectors(2, 0), *many.values()])
     assert torch.equal(table(pocket)[tokens.base_size :], expected)
+
+
+def test_a_saved_tokenizer_does_not_depend_on_what_the_base_has_read(pocket, tokens, tmp_path):
+    names = ("unread", "read")
+    for name in names:
+        tokens.set({"<cat>": vectors(2, 0)})
+        pocket.pipeline.tokenizer.save_pretrained(tmp_path / name)
+        tokens.set({})
+        text_states(pocket, "a photo of a cat")
+    unread, read = ((tmp_path / name / "tokenizer.json").read_bytes() for name in names)
+    assert unread == read
