@@ -16,7 +16,7 @@ RECORDS = sorted(RESULTS.rglob("*.json"))
 def goals(node: Any) -> Iterator[dict]:
     """Every part of a record that stands beside a threshold."""
     if isinstance(node, dict):
-        if "threshold" in node:
+        if "threshold" in node or ("limit" in node and "met" in node):
             yield node
         for child in node.values():
             yield from goals(child)
@@ -26,7 +26,13 @@ def goals(node: Any) -> Iterator[dict]:
 
 
 def wrong_goals(record: Any) -> list[dict]:
-    return [g for g in goals(record) if g["met"] != (g["value"] >= g["threshold"])]
+    return [g for g in goals(record) if g["met"] != is_met(g)]
+
+
+def is_met(goal: dict) -> bool:
+    if "limit" in goal:
+        return goal["value"] <= goal["limit"]
+    return goal["value"] >= goal["threshold"]
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
@@ -44,6 +50,7 @@ def test_a_goal_is_met_when_its_value_reaches_the_threshold(path):
 
 def test_a_wrong_verdict_is_found():
     assert wrong_goals({"a": [{"value": 1.0, "threshold": 2.0, "met": True}]})
+    assert wrong_goals({"a": {"value": 2.0, "limit": 1.0, "met": True}})
 
 
 def test_there_are_records():
@@ -70,3 +77,46 @@ def test_a_recipe_states_gain_and_interval_of_both_image_features_and_text():
         for figure in row["gain"].values():
             low, high = figure["interval"]
             assert low <= figure["value"] <= high and figure["of"] == len(record["subjects"])
+
+
+def test_the_speed_of_training_is_recorded_on_a_gpu_in_the_sizes_of_stable_diffusion():
+    record = json.loads((RESULTS / "speed.json").read_text())
+    batches = record["step"]["sd15"]["batches"]
+    assert set(batches) == {"1", "4", "16"} and record["finished"] and not record["failed"]
+    for batch in batches.values():
+        assert {"frozen", "sbora_fa_folded", "sbora_fb_folded", "lora", "dora"} <= set(
+            batch["methods"]
+        )
+        assert batch["goals"]
+
+
+def test_folded_training_in_bf16_was_judged_with_several_seeds():
+    record = json.loads((RESULTS / "folding.json").read_text())
+    assert len(record["concepts"]) == 14 and len(record["seeds"]) >= 3
+    for figure in record["figures"].values():
+        assert all(len(found) == len(record["seeds"]) for found in figure["by_seed"].values())
+
+
+@pytest.fixture(scope="module")
+def crosstalk() -> dict:
+    return json.loads((RESULTS / "crosstalk.json").read_text())
+
+
+def test_crosstalk_was_judged_on_subjects_that_are_not_committed_with_three_seeds(crosstalk):
+    committed = {path.parent.name for path in RESULTS.parent.glob("concepts/*/concept.toml")}
+    assert len(crosstalk["subjects"]) == 14 and not committed & set(crosstalk["subjects"])
+    for row in crosstalk["recipes"]:
+        assert len(row["seeds"]) == 3 and {"added", "calibrated"} <= set(row["merged"])
+        for way in row["merged"].values():
+            for name, figure in way["change"].items():
+                assert way["worst"][name] <= figure["value"]
+                assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+
+
+def test_the_page_on_crosstalk_shows_the_record(crosstalk):
+    page = (RESULTS.parent / "docs" / "crosstalk.md").read_text()
+    for row in crosstalk["recipes"]:
+        ways = [row["merged"][way]["change"] for way in ("added", "averaged", "calibrated")]
+        cells = [" / ".join(f"{v['value']:+.3f}" for v in way.values()) for way in ways]
+        alone = " / ".join(f"{v['value']:.3f}" for v in row["alone"].values())
+        assert f"| {row['recipe']} | {alone} | {' | '.join(cells)} |" in page
