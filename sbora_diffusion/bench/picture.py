@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sbora_diffusion.bench.settings import FLOOR
 from sbora_diffusion.plots import FAINT, FREE, GAP, INK, MARGIN, PAPER, TEXT, TITLE
 
-LABELS, BARS, FIGURES = 300, 560, 90
+LABELS, BARS, FIGURES = 340, 560, 90
 BAR, STEP = 16, 24
 OURS, OTHERS = "#1f6f8b", "#c08552"
 
