@@ -12,8 +12,6 @@ draws prompts without a concept, too; and judges the pictures. It writes one fil
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -25,6 +23,7 @@ from crosstalk_study.plan import MERGES, RECIPES, SEEDS, SUBJECTS, Merge, Recipe
 from crosstalk_study.remedies import Remedied
 from merging_study.plan import part_of
 from merging_study.statistics import mean_figure
+from study_options import FIGURES, command, study_parser
 
 from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.console import quiet_libraries
@@ -40,7 +39,6 @@ from sbora_diffusion.evaluation.features import LOCAL
 from sbora_diffusion.records import run_of
 
 WHAT = "alignment of concepts alone and in one model, by training recipe and way of merging"
-FIGURES = ("text_alignment", "pocket-clip", "efficientnet-lite2")
 CLASS_WORD = "class word"
 
 
@@ -222,31 +220,12 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['recipe']:38} {alone} | " + " | ".join(ways)
 
 
-def command() -> str:
-    return shlex.join(["python", *sys.argv])
-
-
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("--files", type=Path, default=Path("build/crosstalk"), help="of each run")
-    parser.add_argument("--record", type=Path, default=Path("results/crosstalk.json"))
-    parser.add_argument("--concepts", type=Path, default=Path("build/concepts"))
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), metavar="NAME")
+    parser = study_parser(__doc__.splitlines()[0], "crosstalk", Path("build/concepts"), SUBJECTS)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--merges", nargs="+", default=list(MERGES), choices=list(MERGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--settings", type=json.loads, default={}, help="JSON for all recipes")
-    parser.add_argument("--base", default="pocket")
-    parser.add_argument("--judge", default="pocket-clip")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--num", type=int, default=2, help="pictures for each prompt")
-    parser.add_argument("--seed", type=int, default=20_000_000, help="of the pictures")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--part", type=int, default=1)
-    parser.add_argument("--parts", type=int, default=1)
-    parser.add_argument("--commit", help="of the code, on a machine without its checkout")
     return parser.parse_args()
 
 

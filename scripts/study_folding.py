@@ -11,8 +11,6 @@ one file a part. `report` needs all of them and writes results/folding.json.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -21,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from merging_study.plan import part_of
+from study_options import FIGURES, command, study_parser
 
 from sbora_diffusion.alignment import Judges, load_judges, score
 from sbora_diffusion.console import quiet_libraries
@@ -40,7 +39,6 @@ from sbora_diffusion.records import at_most, run_of
 
 WHAT = "alignment of concepts trained on a bf16 base, in the folded form and in two paths"
 CONCEPTS = Path(__file__).parents[1] / "concepts"
-FIGURES = ("text_alignment", "pocket-clip", "efficientnet-lite2")
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776}
 """Seeds → the 97.5 % quantile of Student's t with one degree of freedom less."""
 
@@ -138,28 +136,9 @@ def _means(rows: list[dict[str, Any]], form: str, figure: str) -> dict[int, floa
     return {seed: mean(values) for seed, values in sorted(found.items())}
 
 
-def command() -> str:
-    return shlex.join(["python", *sys.argv])
-
-
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("--files", type=Path, default=Path("build/folding"), help="of each part")
-    parser.add_argument("--record", type=Path, default=Path("results/folding.json"))
-    parser.add_argument("--concepts", type=Path, default=CONCEPTS)
-    parser.add_argument("--subjects", nargs="+", default=_all_subjects(), metavar="NAME")
+    parser = study_parser(__doc__.splitlines()[0], "folding", CONCEPTS, _all_subjects())
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
-    parser.add_argument("--settings", type=json.loads, default={}, help="JSON, of the recipe")
-    parser.add_argument("--base", default="pocket")
-    parser.add_argument("--judge", default="pocket-clip")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=20_000_000, help="of the pictures")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--part", type=int, default=1)
-    parser.add_argument("--parts", type=int, default=1)
-    parser.add_argument("--commit", help="of the code, on a machine without its checkout")
     return parser.parse_args()
 
 

@@ -11,8 +11,6 @@ one file a recipe. `report` needs all of them and writes results/recipes.json.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 from merging_study.plan import MIXED, part_of, threes
 from merging_study.statistics import mean_figure
 from recipe_study.plan import RECIPES, SUBJECTS
+from study_options import FIGURES, command, study_parser
 from torch import Tensor
 
 from sbora_diffusion.alignment import Judges, load_judges, score
@@ -42,7 +41,6 @@ from sbora_diffusion.records import run_of
 WHAT = "image and text alignment of recipes, minus those of the bare class word, on 16 subjects"
 AT_ONCE = 8
 """Subjects whose pictures are drawn in one batch."""
-FIGURES = ("text_alignment", "pocket-clip", "efficientnet-lite2")
 
 
 def train(base: Base, subjects: list[Subject], config: TrainConfig) -> list[Concept]:
@@ -210,29 +208,10 @@ def _in_threes(found: dict[str, Any], bound: dict[str, Any], figure: str) -> lis
     return [found["threes"][label][figure] - sum(v) / len(v) for label, v in own.items()]
 
 
-def command() -> str:
-    return shlex.join(["python", *sys.argv])
-
-
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("--files", type=Path, default=Path("build/recipes"), help="of each recipe")
-    parser.add_argument("--record", type=Path, default=Path("results/recipes.json"))
-    parser.add_argument("--concepts", type=Path, default=Path("build/concepts"))
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), metavar="NAME")
+    parser = study_parser(__doc__.splitlines()[0], "recipes", Path("build/concepts"), SUBJECTS)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--settings", type=json.loads, default={}, help="JSON for all recipes")
-    parser.add_argument("--base", default="pocket")
-    parser.add_argument("--judge", default="pocket-clip")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--num", type=int, default=2, help="pictures for each prompt")
-    parser.add_argument("--seed", type=int, default=20_000_000)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--part", type=int, default=1)
-    parser.add_argument("--parts", type=int, default=1)
-    parser.add_argument("--commit", help="of the code, on a machine without its checkout")
     return parser.parse_args()
 
 

@@ -55,11 +55,6 @@ class Rewriting:
             group.write()
 
 
-def rewrite(rewrites: Sequence[Rewrite]) -> None:
-    """Write layers once, see `Rewriting.write`."""
-    Rewriting().write(rewrites)
-
-
 class _Group:
     """Layers of one kind.
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.core import gradients
 from sbora_diffusion.core.merging import fold
-from sbora_diffusion.core.rewriting import Rewrite, Rewriting, rewrite
+from sbora_diffusion.core.rewriting import Rewrite, Rewriting
 from sbora_diffusion.core.tuner import SboraConfig, SboraLinear
 from sbora_diffusion.core.tuner.folded_training import folded_training
 from sbora_diffusion.core.updates import Update
@@ -67,14 +67,14 @@ def test_scales_may_differ_from_layer_to_layer(scales):
     rewrites = [prepared(*one) for one in cases]
     for _, update in cases:
         moved(update.factor, 0)
-    rewrite(rewrites)
+    Rewriting().write(rewrites)
     for (weight, update), base in zip(cases, bases, strict=True):
         fold(base, [update])
         assert torch.equal(bits(weight), bits(base))
 
 
 def test_writing_nothing_is_no_error():
-    rewrite([])
+    Rewriting().write([])
 
 
 def test_what_is_prepared_serves_the_same_layers_alone():

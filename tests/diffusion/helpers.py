@@ -90,3 +90,9 @@ def fold_from(monkeypatch, tokens: int) -> Mock:
     monkeypatch.setattr(mixed_layers, "linear_rows", products)
     monkeypatch.setattr(mixed_weights, "FOLD_FROM", tokens)
     return products
+
+
+def strong_concepts(base: Base, folder: Path) -> dict[str, Concept]:
+    """FA concepts in two slots, an FB concept, and one that overlaps the first."""
+    kinds = {"one": ("fa", 0), "two": ("fa", 1), "rows": ("fb", 0), "double": ("fa", 0)}
+    return {n: strong_concept(base, folder, n, v, s) for n, (v, s) in kinds.items()}

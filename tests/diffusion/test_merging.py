@@ -16,7 +16,7 @@ from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
 from sbora_diffusion.diffusion.targets import target_layers
-from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
+from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept, strong_concepts
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,7 @@ def base_is_given_back(pocket, original):
 
 @pytest.fixture(scope="module")
 def strong(pocket, tmp_path_factory):
-    """Two disjoint FA concepts, one FB, and one FA that overlaps the first."""
-    folder = tmp_path_factory.mktemp("strong")
-    kinds = {"one": ("fa", 0), "two": ("fa", 1), "rows": ("fb", 0), "double": ("fa", 0)}
-    return {n: strong_concept(pocket, folder, n, v, s) for n, (v, s) in kinds.items()}
+    return strong_concepts(pocket, tmp_path_factory.mktemp("strong"))
 
 
 def merge_and_save(pocket, folder: Path, concepts, dtype=torch.float32, allow_overlap=False):

@@ -21,7 +21,7 @@ from sbora_diffusion.diffusion.moments import (
 from sbora_diffusion.diffusion.pipeline import draw_latents
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.evaluate import PROMPTS
-from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
+from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept, strong_concepts
 
 QUICK = CalibrateConfig(prompts=("a photo of {}", "{} in the rain"), generic=2, steps=1)
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -42,10 +42,7 @@ def base_is_given_back(pocket, original):
 
 @pytest.fixture(scope="module")
 def strong(pocket, tmp_path_factory):
-    """FA concepts in two slots, an FB concept, and one that overlaps the first."""
-    folder = tmp_path_factory.mktemp("strong")
-    kinds = {"one": ("fa", 0), "two": ("fa", 1), "rows": ("fb", 0), "double": ("fa", 0)}
-    return {n: strong_concept(pocket, folder, n, v, s) for n, (v, s) in kinds.items()}
+    return strong_concepts(pocket, tmp_path_factory.mktemp("strong"))
 
 
 @pytest.fixture
