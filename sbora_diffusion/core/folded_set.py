@@ -1,12 +1,13 @@
 """A set of concepts folded into a model's layers, which changes by what comes and goes."""
 
 import math
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sbora_diffusion.core.compatibility import shared_indices
@@ -152,31 +153,35 @@ class FoldedSet:
         for layers, weights in self._alike(step.layers, changed, self._met(changed, step)):
             coming = tuple(share for share in come if layers[0] in share.concept.layers)
             going = tuple(share for share in gone if layers[0] in share.concept.layers)
-            if not all(share.fits(layers, weights[0]) for share in coming):
+            stack = Stack(layers, weights, going, coming)
+            if not stack.fits:
                 return []
-            found.append(Stack(layers, weights, going, coming))
+            found.append(stack)
         return found
 
     def _alike(
         self, layers: Sequence[str], changed: list[Share], met: set[str]
     ) -> Iterator[tuple[tuple[str, ...], tuple[Tensor, ...]]]:
-        """Layers outside of `met`, with weights of one kind, in which the same concepts change."""
+        """Layers outside of `met`, of one type and device, in which the same concepts change.
+
+        Those of one shape stand next to each other.
+        """
         every = {share.footprint.layers for share in changed}
-        held = list(self._blocks.values())
-        found: defaultdict[Any, dict[str, Tensor]] = defaultdict(dict)
+        held = ChainMap(*self._blocks.values()) if self._blocks else {}
+        found: defaultdict[Any, defaultdict[torch.Size, list[str]]]
+        found = defaultdict(lambda: defaultdict(list))
+        weights = {}
         for layer in layers:
             if layer not in met and layer in self.layers:
-                weight = _weight(self.layers[layer])
-                dtype, device, block = weight.dtype, weight.device, weight
-                for blocks in held:
-                    if layer in blocks:
-                        block = blocks[layer]
-                        break
+                weights[layer] = weight = _weight(self.layers[layer])
+                dtype, device = weight.dtype, weight.device
+                block = held.get(layer, weight)
                 if block.dtype == dtype and block.device == device:
                     who = len(every) == 1 or tuple(layer in names for names in every)
-                    found[weight.shape, dtype, device, who][layer] = weight
-        for weights in found.values():
-            yield tuple(weights), tuple(weights.values())
+                    found[dtype, device, who][weight.shape].append(layer)
+        for by_shape in found.values():
+            names = tuple(chain.from_iterable(by_shape.values()))
+            yield names, tuple(weights[name] for name in names)
 
     def _met(self, changed: list[Share], step: Switch) -> set[str]:
         """Layers in which a concept that comes or goes shares entries with another one."""

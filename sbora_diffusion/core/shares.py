@@ -25,6 +25,10 @@ class Share:
         return self.concept.meta.digest
 
     @property
+    def rank(self) -> int:
+        return self.concept.meta.rank
+
+    @property
     def dim(self) -> int:
         """The dimension of W0 (out, in) that its indices count."""
         return 1 if self.concept.meta.variant == "fa" else 0

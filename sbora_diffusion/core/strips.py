@@ -7,8 +7,9 @@ strip is an `index_select` or an `index_copy_`. The bytes are the same.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate, chain
-from math import prod
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Strips:
 
     Args:
         weights: (out, in) each.
-        indices: int64 (r,) each, on the weights' device; or (weights, r), for weights of one shape.
+        indices: int64 (r,) each, on the weights' device; or (weights, r).
     """
 
     def __init__(
@@ -43,27 +44,31 @@ class Strips:
     ) -> None:
         self.dim, self.weights, self._indices = dim, weights, indices
         if isinstance(indices, Tensor):
-            shape = _shape(dim, weights[0], indices.shape[1])
-            self.shapes, self._counts = [shape] * len(weights), [prod(shape)] * len(weights)
+            ranks = (indices.shape[1],) * len(weights)
         else:
-            pairs = zip(weights, indices, strict=True)
-            self.shapes = [_shape(dim, weight, len(at)) for weight, at in pairs]
-            self._counts = [prod(shape) for shape in self.shapes]
+            ranks = tuple(len(at) for at in indices)
+        self._layout = _layout(dim, tuple(weight.shape for weight in weights), ranks)
         self._table: Tensor | None = None
         if self._by_kernel():
             joint = indices if isinstance(indices, Tensor) else torch.cat(list(indices))
             self._joint = joint.reshape(-1)
-            self._table = self._addresses()
+            addresses = tuple(weight.data_ptr() for weight in weights)
+            self._table = _table(self._layout, addresses, weights[0].device)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Of the strips."""
+        return self._layout.shapes
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
         """A flat tensor for all entries, in the weights' type unless another one is given."""
-        return self.weights[0].new_empty(sum(self._counts), dtype=dtype)
+        return self.weights[0].new_empty(self._layout.size, dtype=dtype)
 
     def views(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Each strip of a flat tensor."""
         if self.shapes.count(self.shapes[0]) == len(self.shapes):
             return flat.view(-1, *self.shapes[0]).unbind()
-        parts = flat.view(-1).split(self._counts)
+        parts = flat.view(-1).split(self._layout.counts)
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
 
     @torch.no_grad()
@@ -94,7 +99,7 @@ class Strips:
 
     def _by_kernel(self) -> bool:
         weight = self.weights[0]
-        if len(self.weights) == 1 or not any(self._counts) or not _may_launch(weight):
+        if len(self.weights) == 1 or not self._layout.size or not _may_launch(weight):
             return False
         if capturing(weight.device):
             return False
@@ -102,34 +107,59 @@ class Strips:
             (weight.device, weight.element_size(), self.dim), lambda: _try_copy(weight, self.dim)
         )
 
-    def _addresses(self) -> Tensor:
-        """The table of `kernels.copy_strips`."""
-        counts, ranks = self._counts, [shape[self.dim] for shape in self.shapes]
-        columns = (
-            [weight.data_ptr() for weight in self.weights],
-            [weight.shape[1] for weight in self.weights],
-            accumulate([0, *counts[:-1]]),
-            counts,
-            [breadth for _, breadth in self.shapes],
-            accumulate([0, *ranks[:-1]]),
-        )
-        numbers = list(chain.from_iterable(zip(*columns, strict=True)))
-        table = torch.tensor(numbers, dtype=torch.int64).view(-1, len(columns))
-        device = self.weights[0].device
-        if device.type == "cuda":  # from pinned memory nothing waits for the copy
-            return table.pin_memory().to(device, non_blocking=True)
-        return table
-
     def _launch(self, flat: Tensor, write: bool) -> None:
         from sbora_diffusion.core.kernels import copy_strips
 
         assert (
-            self._table is not None and flat.is_contiguous() and flat.numel() == sum(self._counts)
+            self._table is not None and flat.is_contiguous() and flat.numel() == self._layout.size
         )
         assert flat.dtype == self.weights[0].dtype and flat.device == self._table.device
         whole = flat.view(WHOLE[flat.element_size()])
         with _on(flat.device):
-            copy_strips(self._table, self._joint, whole, max(self._counts), self.dim == 1, write)
+            copy_strips(
+                self._table, self._joint, whole, max(self._layout.counts), self.dim == 1, write
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Where strips stand in their flat tensor.
+
+    Attributes:
+        counts: entries of each strip.
+        fields: of each strip in the table of `kernels.copy_strips`, without the address.
+        size: entries of all strips.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    counts: list[int]
+    fields: tuple[tuple[int, ...], ...]
+    size: int
+
+
+@lru_cache(maxsize=32)
+def _layout(dim: int, sizes: tuple[torch.Size, ...], ranks: tuple[int, ...]) -> _Layout:
+    """Of strips of so many columns or rows of weights of these sizes (out, in)."""
+    pairs = zip(sizes, ranks, strict=True)
+    shapes = tuple((rows, r) if dim == 1 else (r, columns) for (rows, columns), r in pairs)
+    counts = [rows * columns for rows, columns in shapes]
+    fields = zip(
+        [columns for _, columns in sizes],
+        accumulate([0, *counts[:-1]]),
+        counts,
+        [columns for _, columns in shapes],
+        accumulate([0, *ranks[:-1]]),
+        strict=True,
+    )
+    return _Layout(shapes, counts, tuple(fields), sum(counts))
+
+
+@lru_cache(maxsize=32)
+def _table(layout: _Layout, addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """The table of `kernels.copy_strips`."""
+    rows = zip(addresses, layout.fields, strict=True)
+    table = torch.tensor([(address, *fields) for address, fields in rows], dtype=torch.int64)
+    return table.to(device)
 
 
 def gathered(x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,10 +194,6 @@ def _gathered(x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
 def _is_small(x: Tensor, indices: Tensor) -> bool:
     """Does x lie as the kernel reads it, and can its entries be counted in 32 bits?"""
     return x.is_contiguous() and 0 < x.numel() < 1 << 31 and 0 < len(indices) <= x.shape[-1]
-
-
-def _shape(dim: int, weight: Tensor, rank: int) -> tuple[int, int]:
-    return (weight.shape[0], rank) if dim == 1 else (rank, weight.shape[1])
 
 
 def _may_launch(tensor: Tensor) -> bool:
