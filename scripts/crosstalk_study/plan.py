@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe_study.plan import SUBJECTS as HELD_OUT
 
+from sbora_diffusion.diffusion.moments import CalibrateConfig
 from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluate import PROMPTS
 
@@ -55,6 +56,7 @@ def layer_group(name: str) -> str:
 LOUD = {"rate_unet": 3e-3, "rate_text_encoder": 2e-3}
 KEPT = {**LOUD, "preservation": 1.0}
 FB = {"variant": "fb", "rate_unet": 2e-3}
+SHORTER = {**KEPT, "steps": 400, "vectors": 8, "batch_size": 8}
 LONG = {**KEPT, "steps": 600, "vectors": 8, "batch_size": 8}
 
 RECIPES: dict[str, Recipe] = {
@@ -78,7 +80,12 @@ RECIPES: dict[str, Recipe] = {
     "white, fb, keys and values": Recipe(
         {"variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, (KEYS_VALUES,), white=1e-3
     ),
+    "loud, batch 8, 8 vectors": Recipe({**LOUD, "batch_size": 8, "vectors": 8}),
+    "preserved, 4 vectors": Recipe({**KEPT, "vectors": 4}),
+    "preserved, batch 8, 8 vectors": Recipe({**KEPT, "batch_size": 8, "vectors": 8}),
     "token first": Recipe({**KEPT, "steps": 600}, alone=200),
+    "token first, 8 vectors": Recipe(SHORTER, alone=200),
+    "token first, 8 vectors, quiet": Recipe({**SHORTER, **dict.fromkeys(LOUD, 1e-3)}, alone=200),
     "token first, long": Recipe(LONG, alone=300),
     "token first, long, fb": Recipe({**LONG, **FB}, alone=300),
     "token first, long, weight 3": Recipe({**LONG, "preservation": 3.0}, alone=300),
@@ -104,11 +111,25 @@ class Merge:
     calibration: Mapping[str, Any] | None = None
 
 
+MORE = (
+    *CalibrateConfig().prompts,
+    "a photo of {} in a library",
+    "a photo of {} near a volcano",
+    "a sketch of {} on a stage",
+    "a painting of {} in a garden",
+    "{} in a city at night",
+    "{} in front of a castle next to a chair",
+)
+"""Prompts of a concept's own, none of those that it is judged by."""
+
 MERGES: dict[str, Merge] = {
     "added": Merge(),
     "added, weight 0.6": Merge(0.6),
     "averaged": Merge(None),
     "calibrated": Merge(calibration={}),
+    "calibrated, more activations": Merge(
+        calibration={"prompts": MORE, "steps": 6, "generic": 160}
+    ),
     "calibrated, generic 1": Merge(calibration={"generic_weight": 1.0}),
     "calibrated, generic 30": Merge(calibration={"generic_weight": 30.0}),
     "calibrated, generic 300": Merge(calibration={"generic_weight": 300.0}),
