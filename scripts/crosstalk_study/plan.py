@@ -81,7 +81,9 @@ RECIPES: dict[str, Recipe] = {
         {"variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, (KEYS_VALUES,), white=1e-3
     ),
     "loud, batch 8, 8 vectors": Recipe({**LOUD, "batch_size": 8, "vectors": 8}),
-    "preserved, 4 vectors": Recipe({**KEPT, "vectors": 4}),
+    "preserved, weight 3, batch 8": Recipe({**KEPT, "preservation": 3.0, "batch_size": 8}),
+    "loud, token first, 8 vectors": Recipe({**SHORTER, "preservation": 0.0}, alone=200),
+    "token first, 8 vectors, weight 3": Recipe({**SHORTER, "preservation": 3.0}, alone=200),
     "preserved, batch 8, 8 vectors": Recipe({**KEPT, "batch_size": 8, "vectors": 8}),
     "token first": Recipe({**KEPT, "steps": 600}, alone=200),
     "token first, 8 vectors": Recipe(SHORTER, alone=200),
@@ -130,7 +132,11 @@ MERGES: dict[str, Merge] = {
     "calibrated, more activations": Merge(
         calibration={"prompts": MORE, "steps": 6, "generic": 160}
     ),
+    "calibrated, weight 1.1": Merge(1.1, {}),
+    "calibrated, weight 1.2": Merge(1.2, {}),
     "calibrated, generic 1": Merge(calibration={"generic_weight": 1.0}),
+    "calibrated, generic 1, weight 1.1": Merge(1.1, {"generic_weight": 1.0}),
+    "calibrated, generic 1, ridge 1e-5": Merge(calibration={"generic_weight": 1.0, "ridge": 1e-5}),
     "calibrated, generic 30": Merge(calibration={"generic_weight": 30.0}),
     "calibrated, generic 300": Merge(calibration={"generic_weight": 300.0}),
 }
