@@ -69,9 +69,10 @@ class Calibrated(Merged):
         """
         relations = self._checked(concepts)
         before = self._folded.concepts
+        louder = [(concept, weight * self.config.gain) for concept, weight in concepts]
         try:
-            self._fold(concepts)
-            self._fold([(copy, 1.0) for copy in self._fitted(concepts)])
+            self._fold(louder)
+            self._fold([(copy, 1.0) for copy in self._fitted(louder)])
         except BaseException:
             self._fold(before)
             raise

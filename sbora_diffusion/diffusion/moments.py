@@ -55,6 +55,11 @@ class CalibrateConfig(BaseModel):
         ge=0,
         description="how much silence on generic prompts counts, a concept being 1",
     )
+    gain: float = Field(
+        default=1.1,
+        gt=0,
+        description="factor on every weight λ, which makes up for what silence takes away",
+    )
     ridge: float = Field(default=1e-4, gt=0, description="penalty of the update's size, see core")
     seed: int = Field(default=0, ge=0, lt=1 << 62, description="picture k uses seed + k")
 

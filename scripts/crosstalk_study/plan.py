@@ -128,16 +128,18 @@ MERGES: dict[str, Merge] = {
     "added": Merge(),
     "added, weight 0.6": Merge(0.6),
     "averaged": Merge(None),
-    "calibrated": Merge(calibration={}),
+    "calibrated": Merge(calibration={"gain": 1.0}),
     "calibrated, more activations": Merge(
-        calibration={"prompts": MORE, "steps": 6, "generic": 160}
+        calibration={"prompts": MORE, "steps": 6, "generic": 160, "gain": 1.0}
     ),
-    "calibrated, weight 1.1": Merge(1.1, {}),
-    "calibrated, weight 1.2": Merge(1.2, {}),
-    "calibrated, generic 1": Merge(calibration={"generic_weight": 1.0}),
-    "calibrated, generic 1, weight 1.1": Merge(1.1, {"generic_weight": 1.0}),
-    "calibrated, generic 1, ridge 1e-5": Merge(calibration={"generic_weight": 1.0, "ridge": 1e-5}),
-    "calibrated, generic 30": Merge(calibration={"generic_weight": 30.0}),
-    "calibrated, generic 300": Merge(calibration={"generic_weight": 300.0}),
+    "calibrated, gain 1.1": Merge(calibration={"gain": 1.1}),
+    "calibrated, gain 1.2": Merge(calibration={"gain": 1.2}),
+    "calibrated, generic 1": Merge(calibration={"generic_weight": 1.0, "gain": 1.0}),
+    "calibrated, generic 1, gain 1.1": Merge(calibration={"generic_weight": 1.0, "gain": 1.1}),
+    "calibrated, generic 1, ridge 1e-5": Merge(
+        calibration={"generic_weight": 1.0, "ridge": 1e-5, "gain": 1.0}
+    ),
+    "calibrated, generic 30": Merge(calibration={"generic_weight": 30.0, "gain": 1.0}),
+    "calibrated, generic 300": Merge(calibration={"generic_weight": 300.0, "gain": 1.0}),
 }
 """Name → how they are merged."""
