@@ -20,6 +20,8 @@ from sbora_diffusion.core.strips import gathered
 FULL = (torch.float32, torch.float64)
 """Dtypes in which a GEMM may add to its output: nothing is rounded between product and sum."""
 HALVES = (torch.float16, torch.bfloat16)
+MANY, PARTS = 1024, 8
+"""Tokens from which on a CPU's product over them is the sum of so many parts."""
 
 
 def scaled_factor(factor: Tensor, scale: float) -> Tensor:
@@ -163,12 +165,13 @@ class Folded(Function):
         weight, indices, *kept = ctx.saved_tensors
         dtype, factor_dtype = ctx.dtypes
         dx = dfactor = None
-        if weight is not None:
-            dx = (grad @ weight.to(grad.dtype)).to(dtype)
-        if kept:
+        if kept:  # first: its memory is free again for the larger dx
             x = kept[0] if ctx.recall is None else ctx.recall.output(*kept)
             rows = grad if ctx.dim == 1 else gathered(grad, indices, grad.dtype)
             dfactor = factor_gradient(rows, x, ctx.scale, grad.dtype, factor_dtype)
+            del x
+        if weight is not None:
+            dx = (grad @ weight.to(grad.dtype)).to(dtype)
         return dx, dfactor, None, None, None, None, None, None
 
 
@@ -189,10 +192,16 @@ def _over_tokens(left: Tensor, right: Tensor) -> Tensor:
     """left^T right, (n, m)."""
     if _widens(left) and left.dtype in HALVES:
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    # On a CPU the GEMM is up to three times faster with the narrow side on the left.
-    if left.is_cuda or left.shape[1] <= right.shape[1]:
+    if left.is_cuda:
         return left.T @ right
-    return (right.T @ left).T
+    # On a CPU the GEMM is up to three times faster with the narrow side on the left.
+    if left.shape[1] > right.shape[1]:
+        return _over_tokens(right, left).T
+    if len(left) >= MANY and len(left) % PARTS == 0 and left.dtype in FULL:
+        # And again half as fast: each thread then reads its own tokens.
+        parts = (x.unflatten(0, (PARTS, -1)) for x in (left, right))
+        return torch.bmm(next(parts).mT, next(parts)).sum(0)
+    return left.T @ right
 
 
 def _widens(tensor: Tensor) -> bool:

@@ -21,6 +21,9 @@ KINDS = ("cuda",)
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an entry → the whole numbers that stand for it."""
 
+MANY = 1 << 14
+"""Entries from which on a CPU takes half the time for a `gather` of an `index_select`'s."""
+
 _WORKS: dict[Any, bool] = {}
 """Kernels that were tried: do they compile and run here?"""
 
@@ -174,6 +177,8 @@ def gathered(x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
             _works(kind, lambda: _gathered(x.new_zeros(2, 2), indices.new_zeros(1), dtype))
         elif _WORKS.get(kind) and _is_small(x, indices):
             return _gathered(x, indices, dtype)
+    elif x.device.type == "cpu" and x.shape[:-1].numel() * len(indices) >= MANY:
+        return x.gather(-1, indices.expand(*x.shape[:-1], -1)).to(dtype)
     return x.index_select(-1, indices).to(dtype)
 
 
