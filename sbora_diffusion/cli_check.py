@@ -1,4 +1,4 @@
-"""The command that says whether concepts can live in one model, and how they disturb each other."""
+"""The command that says whether concepts can live in one model, and what a merge does to them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +24,9 @@ from sbora_diffusion.library import Library
 
 if TYPE_CHECKING:
     from sbora_diffusion.check import Finding, Member
-    from sbora_diffusion.core.crosstalk import Crosstalk
+    from sbora_diffusion.core.prediction import Forecast
     from sbora_diffusion.diffusion.bases import Base
+    from sbora_diffusion.diffusion.moments import CalibrateConfig
     from sbora_diffusion.renames import Rename
 
 Group = list["Member"]
@@ -46,7 +47,11 @@ def check(
         Path, typer.Option("-o", "--output", help="Folder for renamed copies")
     ] = Path(),
     crosstalk: Annotated[
-        bool, typer.Option("--crosstalk/--no-crosstalk", help="Run the model to measure it")
+        bool,
+        typer.Option(
+            "--crosstalk/--no-crosstalk",
+            help="Draw with each concept and predict what a merge changes",
+        ),
     ] = True,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Crosstalk as heat maps")
@@ -57,7 +62,7 @@ def check(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """May these concepts be merged? Base, indices, tokens, and crosstalk on their own prompts."""
+    """May these concepts be merged? Base, indices, tokens, and what each would lose."""
     from sbora_diffusion.check import static_findings
 
     console = Console(as_json)
@@ -70,16 +75,17 @@ def check(
     findings += _known_words(group, model)
     blocked = any(finding.blocks for finding in findings)
     _say_static(console, group, findings)
-    measured = None
-    fits = not any(finding.kind == "base" and finding.blocks for finding in findings)
-    if model and fits and len(group) > 1:
-        measured = _measure(console, model, group, config, settings)
-        _say_crosstalk(console, measured)
+    found = None
+    if model and not blocked and len(group) > 1:
+        found = _forecast(console, model, group, allow_overlap, config, settings)
+        _say_forecast(console, found)
         if plot:
-            _draw(console, measured, plot)
+            _draw(console, found, plot)
     elif crosstalk and (plot or len(group) > 1):
-        console.say("crosstalk was left out: it takes two concepts, and their own base")
-    console.result(_document(group, copies, findings, measured, not blocked))
+        console.say(
+            "crosstalk was left out: it takes two concepts that can be merged, and their own base"
+        )
+    console.result(_document(group, copies, findings, found, not blocked))
     raise typer.Exit(WRONG_INPUT if blocked else OK)
 
 
@@ -94,14 +100,15 @@ def _check_options(
     if plot:
         check_writable(picture_files(plot, 1)[0])
     if crosstalk:
-        _probe(config, settings)
+        _drawing(config, settings)
 
 
-def _probe(config: Path | None, settings: list[str] | None) -> Any:
+def _drawing(config: Path | None, settings: list[str] | None) -> "CalibrateConfig":
+    """The settings of `sbora merge`, whose result is predicted."""
     quiet_libraries()
-    from sbora_diffusion.diffusion.activations import ProbeConfig
+    from sbora_diffusion.diffusion.moments import CalibrateConfig
 
-    return read_settings(ProbeConfig, config, settings, {})
+    return read_settings(CalibrateConfig, config, settings, {})
 
 
 def _load(specs: list[str], library: Library) -> Group:
@@ -171,15 +178,21 @@ def _known_words(group: Group, model: "Base | None") -> "list[Finding]":
     ]
 
 
-def _measure(
-    console: Console, model: "Base", group: Group, config: Path | None, settings: list[str] | None
-) -> "Crosstalk":
-    from sbora_diffusion.diffusion.activations import measure_crosstalk
+def _forecast(
+    console: Console,
+    model: "Base",
+    group: Group,
+    allow_overlap: bool,
+    config: Path | None,
+    settings: list[str] | None,
+) -> "Forecast":
+    from sbora_diffusion.diffusion.calibrated import Calibrated
 
     weighted = [(member.concept, member.weight) for member in group]
     labels = [member.label for member in group]
-    with console.progress("measuring crosstalk") as bar:
-        return measure_crosstalk(model, weighted, labels, _probe(config, settings), bar)
+    with console.progress("predicting") as bar:
+        empty = Calibrated(model, (), _drawing(config, settings), allow_overlap, bar)
+        return empty.forecast(weighted, labels)
 
 
 def _say_static(console: Console, group: Group, findings: "list[Finding]") -> None:
@@ -202,25 +215,27 @@ def _say_static(console: Console, group: Group, findings: "list[Finding]") -> No
     )
 
 
-def _say_crosstalk(console: Console, measured: "Crosstalk") -> None:
-    from sbora_diffusion.crosstalk_report import crosstalk_rows
-
-    console.say(
-        "\ncrosstalk: how strongly the concept of the column speaks on the prompts of another,"
+def _say_forecast(console: Console, found: "Forecast") -> None:
+    from sbora_diffusion.prediction_report import (
+        EXPLANATION,
+        prediction_columns,
+        prediction_rows,
+        verdict,
     )
-    console.say(
-        "rms of ‖ΔW_q X_p‖ / ‖ΔW_p X_p‖ over the layers; 0: silent, 1: as loud as the other"
-    )
-    columns = ["on the prompts of", *measured.names, "loudest"]
-    console.table(columns, crosstalk_rows(measured))
+
+    for line in EXPLANATION:
+        console.say(line)
+    console.table(prediction_columns(), prediction_rows(found))
+    for line in verdict(found):
+        console.say(line)
 
 
-def _draw(console: Console, measured: "Crosstalk", plot: Path) -> None:
+def _draw(console: Console, found: "Forecast", plot: Path) -> None:
     from sbora_diffusion.crosstalk_report import heat_maps
     from sbora_diffusion.pictures import save_png
     from sbora_diffusion.plots import heat_picture
 
-    save_png(heat_picture(heat_maps(measured)), plot, {})
+    save_png(heat_picture(heat_maps(found.crosstalk)), plot, {})
     console.say(str(plot))
 
 
@@ -228,10 +243,11 @@ def _document(
     group: Group,
     copies: "dict[str, tuple[Path, Rename]]",
     findings: "list[Finding]",
-    measured: "Crosstalk | None",
+    found: "Forecast | None",
     mergeable: bool,
 ) -> dict[str, Any]:
     from sbora_diffusion.crosstalk_report import crosstalk_document
+    from sbora_diffusion.prediction_report import prediction_document
     from sbora_diffusion.renames import offered_renames
 
     return {
@@ -242,5 +258,6 @@ def _document(
         ],
         "offered_renames": [offer.document() for offer in offered_renames(group)],
         "renamed": [{**rename.document(), "file": str(file)} for file, rename in copies.values()],
-        "crosstalk": crosstalk_document(measured) if measured else None,
+        "crosstalk": crosstalk_document(found.crosstalk) if found else None,
+        "prediction": prediction_document(found) if found else None,
     }

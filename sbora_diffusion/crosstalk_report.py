@@ -1,4 +1,4 @@
-"""Crosstalk for people and for programs: a table, heat maps, JSON."""
+"""Crosstalk of every two concepts: heat maps for people, JSON for programs."""
 
 import math
 from typing import Any
@@ -12,31 +12,18 @@ from sbora_diffusion.plots import Heat
 MEANING = "row: whose prompts; column: who disturbs; 0 = silent, 1 = as loud as the concept itself"
 
 
-def crosstalk_rows(measured: Crosstalk) -> list[list[str]]:
-    """One row for each concept p: the rms ratio of every q, and where it is disturbed most."""
-    rms = _numbers(measured.rms())
-    return [
-        [
-            name,
-            *("" if p == q else _figure(rms[p][q]) for q in range(len(rms))),
-            _loudest(measured, p),
-        ]
-        for p, name in enumerate(measured.names)
-    ]
-
-
 def crosstalk_document(measured: Crosstalk) -> dict[str, Any]:
     """Everything that was measured; matrices are [whose prompts][who disturbs]."""
     count = range(len(measured.names))
     ratios = measured.ratios()
     return {
         "concepts": list(measured.names),
-        "rms": _numbers(measured.rms()),
+        "rms": numbers(measured.rms()),
         "worst": [[_worst(measured, p, q) if p != q else None for q in count] for p in count],
-        "groups": {name: _numbers(m) for name, m in measured.grouped(role).items()},
-        "layers": {layer: _numbers(ratios[:, :, k]) for k, layer in enumerate(measured.layers)},
+        "groups": {name: numbers(m) for name, m in measured.grouped(role).items()},
+        "layers": {layer: numbers(ratios[:, :, k]) for k, layer in enumerate(measured.layers)},
         "norms": {
-            layer: _numbers(measured.norms[:, :, k]) for k, layer in enumerate(measured.layers)
+            layer: numbers(measured.norms[:, :, k]) for k, layer in enumerate(measured.layers)
         },
     }
 
@@ -45,10 +32,10 @@ def heat_maps(measured: Crosstalk) -> list[Heat]:
     """Concepts × concepts over all layers, and groups of layers × pairs of concepts."""
     names = measured.names
     pairs = [(p, q) for p in range(len(names)) for q in range(len(names)) if p != q]
-    rms = _numbers(measured.rms())
+    rms = numbers(measured.rms())
     for k in range(len(names)):
         rms[k][k] = None
-    groups = {name: _numbers(matrix) for name, matrix in measured.grouped(role).items()}
+    groups = {name: numbers(matrix) for name, matrix in measured.grouped(role).items()}
     maps = [Heat("Crosstalk, rms over all layers", MEANING, names, names, rms)]
     if pairs:
         maps.append(
@@ -63,27 +50,13 @@ def heat_maps(measured: Crosstalk) -> list[Heat]:
     return maps
 
 
-def _loudest(measured: Crosstalk, p: int) -> str:
-    found = [
-        (worst[1], measured.names[q], worst[0])
-        for q in range(len(measured.names))
-        if q != p and (worst := measured.worst(p, q))
-    ]
-    if not found:
-        return "-"
-    ratio, name, layer = max(found)
-    return f"{name} {ratio:.2f} in {layer}"
-
-
 def _worst(measured: Crosstalk, p: int, q: int) -> dict[str, Any] | None:
     worst = measured.worst(p, q)
     return {"layer": worst[0], "ratio": worst[1]} if worst else None
 
 
-def _numbers(matrix: Tensor) -> list[list[float | None]]:
-    """JSON has no NaN."""
-    return [[None if math.isnan(x) else x for x in row] for row in matrix.tolist()]
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def numbers(values: Tensor) -> list[Any]:
+    """Nested lists of any depth; JSON has no NaN."""
+    if values.dim() == 1:
+        return [None if math.isnan(x) else x for x in values.tolist()]
+    return [numbers(row) for row in values]

@@ -31,8 +31,8 @@ from merging_study.sheet import merging_sheet
 from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.core.concept import Concept, read_concept
-from sbora_diffusion.diffusion.activations import ProbeConfig, measure_crosstalk
 from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.calibrated import Calibrated
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.evaluate import PROMPTS, EvaluateConfig, read_pictures
 from sbora_diffusion.evaluation.features import LOCAL
@@ -123,10 +123,10 @@ def judge(args: argparse.Namespace) -> None:
 
 
 def predicted_crosstalk(args: argparse.Namespace, concepts: dict[str, Concept]) -> np.ndarray:
-    """The measure of `sbora check`, (P, P): [whose prompts][who disturbs]."""
-    base = load_base(args.base, "cpu")
+    """Crosstalk of `sbora check`, (P, P): [whose prompts][who disturbs]."""
+    model = Calibrated(load_base(args.base, "cpu"))
     pairs = [(concept, 1.0) for concept in concepts.values()]
-    return measure_crosstalk(base, pairs, list(concepts), ProbeConfig()).rms().numpy()
+    return model.forecast(pairs, list(concepts)).crosstalk.rms().numpy()
 
 
 def routing_figures(routing: dict[str, dict[str, int]]) -> dict[str, Any]:

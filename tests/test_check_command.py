@@ -14,7 +14,7 @@ from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 from tests.test_cli import refused
 
 NAMES = ("fox", "owl", "ray")
-QUICK = ("-s", 'prompts=["a {}"]', "-s", "steps=1")
+QUICK = ("-s", 'prompts=["a {}"]', "-s", "generic=1", "-s", "steps=1")
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +54,67 @@ def test_concepts_that_fit_end_with_0_and_show_a_table_and_a_picture(sbora, file
     worst = crosstalk["worst"][0][1]
     assert crosstalk["layers"][worst["layer"]][0][1] == worst["ratio"]
     assert worst["ratio"] == max(matrix[0][1] for matrix in crosstalk["layers"].values())
-    for line in ("mergeable", "on the prompts of", "r_a·r_b = 64 entries of a layer, 4608 in all"):
+    for line in (
+        "mergeable",
+        "loudest other",
+        "verdict: merge them",
+        "r_a·r_b = 64 entries of a layer, 4608 in all",
+    ):
         assert line in err
     assert Image.open("heat.png").width > 100
+
+
+@pytest.fixture
+def predict(sbora):
+    """Way of merging → label → disturbance, the whole document, and what was said."""
+
+    def run(*arguments):
+        status, out, err = sbora("check", *arguments, *QUICK, "--json")
+        assert status == 0, err
+        found = json.loads(out)
+        ways = {
+            way: {
+                one["concept"]: one["disturbance"] for one in found["prediction"][way]["concepts"]
+            }
+            for way in found["prediction"]
+        }
+        return ways, found, err
+
+    return run
+
+
+def test_the_prediction_says_what_each_way_of_merging_changes_for_each_concept(predict, files):
+    ways, found, err = predict(files["fox"], files["owl"])
+    assert ways.keys() == {"calibrated", "added"}
+    for label in ("fox", "owl"):
+        assert 0 < ways["calibrated"][label] < ways["added"][label]
+    calibrated, added = (found["prediction"][way] for way in ("calibrated", "added"))
+    assert 0 < calibrated["unrelated_prompts"] < added["unrelated_prompts"]
+    for one in calibrated["concepts"]:
+        assert one["disturbance"] == one["predictors"]["rms"]
+        assert len(one["groups"]) == 12
+    mean = sum(ways["calibrated"].values()) / 2
+    assert f"verdict: merge them calibrated, as by default: {mean:.2f} in the mean" in err
+    (row,) = [line.split() for line in err.splitlines() if line.startswith("fox ")][1:]
+    assert row[1:3] == [f"{ways[way]['fox']:.2f}" for way in ("calibrated", "added")]
+    assert row[-2] == "owl"
+
+
+def test_the_order_of_the_concepts_does_not_change_the_prediction(predict, files):
+    first, *_ = predict(f"{files['ray']}:0.5", files["fox"])
+    second, *_ = predict(files["fox"], f"{files['ray']}:0.5")
+    assert first == second
+
+
+def test_shared_indices_and_a_weight_of_zero_are_predicted_too(predict, files):
+    ways, *_ = predict(files["fox"], f"{files['elk']}:0", "--allow-overlap")
+    assert ways["added"]["elk"] is None and ways["calibrated"]["fox"] > 0
+    assert ways["added"]["fox"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_set_that_cannot_be_merged_is_not_run(sbora, files):
+    status, out, _ = sbora("check", files["owl"], files["elk"], *QUICK)
+    assert status == 2 and "crosstalk was left out" in out and "verdict" not in out
 
 
 def test_concepts_that_do_not_fit_end_with_2_and_a_line_for_each_problem(sbora, files):

@@ -118,7 +118,7 @@ def test_a_model_of_several_concepts_is_calibrated_unless_that_is_switched_off(
     status, out, _ = sbora("merge", *strong_pair, "-o", "fitted", *QUICK)
     assert status == 0 and "on 1 prompts of each concept and 1 without any" in out
     record = json.loads((tmp_path / "fitted" / "sbora.json").read_text())
-    assert (record["calibration"]["steps"], record["calibration"]["generic_weight"]) == (1, 5.0)
+    assert (record["calibration"]["steps"], record["calibration"]["generic_weight"]) == (1, 0.36)
     assert sbora("merge", two, one, "-o", "turned", *QUICK)[0] == 0
     assert model_bytes(tmp_path / "turned") == model_bytes(tmp_path / "fitted")
 

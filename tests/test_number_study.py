@@ -200,8 +200,8 @@ class Weighed:
         self.layer = next(iter(target_layers(base.pipeline).values()))
         self.own = self.layer.weight.detach().clone()
 
-    def part(self, subjects):
-        part = Weighed(self.base, self.names[subjects], self.broken)
+    def part(self, numbers):
+        part = Weighed(self.base, tuple(self.names[k] for k in numbers), self.broken)
         part.own = self.own
         return part
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sbora_diffusion.core.concept import Concept, LayerFactor
 from sbora_diffusion.core.errors import NonFiniteError
 from sbora_diffusion.core.shares import concept_updates
-from sbora_diffusion.core.updates import Update
+from sbora_diffusion.core.updates import Update, places_in, union_of
 
 LayerMoments = Mapping[str, Tensor]
 """Layer to the mean second moment of its inputs, (in, in)."""
@@ -142,10 +142,10 @@ def calibrated_factors(
     of_fa = [update for update in ordered if update.variant == "fa"]
     of_fb = [update for update in ordered if update.variant == "fb"]
     acting = {update.key: _on_own(update, moments[update.key]) for update in ordered}
-    rows = _union(of_fb)
+    rows = union_of(of_fb)
     factors: dict[str, Tensor] = {}
     if of_fa:
-        columns = _union(of_fa)
+        columns = union_of(of_fa)
         target = torch.stack([acting[update.key][:, columns] for update in of_fa]).sum(0)
         solved = _solved(normal[columns][:, columns], target)
         factors |= _split(solved.index_fill_(0, rows, 0.0), columns, of_fa, dim=1)
@@ -154,7 +154,7 @@ def calibrated_factors(
         for update in of_fa:
             target += acting[update.key][rows]
         for update in of_fb:
-            target.index_add_(0, _places(update, rows), acting[update.key])
+            target.index_add_(0, places_in(update, rows), acting[update.key])
         factors |= _split(_solved(normal, target), rows, of_fb, dim=0)
     return factors
 
@@ -174,17 +174,6 @@ def _on_own(update: Update, moment: Tensor) -> Tensor:
     return factor @ moment
 
 
-def _union(updates: Sequence[Update]) -> Tensor:
-    """All owned indices, ascending, int64."""
-    owned = sorted(set().union(*(update.members for update in updates)))
-    return torch.tensor(owned, dtype=torch.int64)
-
-
-def _places(update: Update, union: Tensor) -> Tensor:
-    """Where the update's indices stand among all."""
-    return torch.searchsorted(union, update.index(union.device))
-
-
 def _solved(normal: Tensor, target: Tensor) -> Tensor:
     """The X with X · normal = target, (m, n)."""
     try:
@@ -202,7 +191,7 @@ def _split(solved: Tensor, union: Tensor, updates: Sequence[Update], dim: int) -
     """Each update's columns (dim 1) or rows (dim 0); a shared one goes to the first."""
     left, parts = solved.clone(), {}
     for update in updates:
-        places = _places(update, union)
+        places = places_in(update, union)
         parts[update.key] = left.index_select(dim, places)
         left.index_fill_(dim, places, 0.0)
     return parts

@@ -2,8 +2,9 @@
 
 Disjoint indices make merging exact, not silent: an FA concept reads r coordinates that are not zero
 on other prompts, an FB concept adds to r outputs whatever they are for. X_p are the inputs of a
-layer while the model runs the prompts of concept p with p alone; norms are Frobenius norms over all
-of them. A ratio of 0 means that q is silent where p speaks, 1 that both are equally loud.
+layer while the model runs the prompts of concept p with p alone; norms are root mean squares over
+them, for which their second moments are enough (`core/energies.py`). A ratio of 0 means that q is
+silent where p speaks, 1 that both are equally loud.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,41 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from sbora_diffusion.core.updates import Update
-
-
-class UpdateEnergy:
-    """‖ΔW x‖² of one update, summed over activations that come in portions.
-
-    ΔW is never formed. FA reads x[..., I] alone, and ‖B x_I‖² = ⟨BᵀB, x_I x_Iᵀ⟩: an (r, r) Gram
-    matrix is kept. FB writes rows I alone, so ‖A x‖² is added up as it comes. Sums are in fp64.
-    """
-
-    def __init__(self, update: Update):
-        self.update = update
-        rank = update.indices.numel()
-        self._gram = torch.zeros(rank, rank, dtype=torch.float64)
-        self._energy = 0.0
-
-    @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Count further activations (..., in)."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if self.update.variant == "fa":
-            read = _double(rows.index_select(1, self.update.indices.to(rows.device)))
-            self._gram += read.T @ read
-        else:
-            factor = self.update.factor.to(rows.device, torch.float32)
-            self._energy += _double(rows.float() @ factor.T).square().sum().item()
-
-    def norm(self) -> float:
-        """‖ΔW X‖ over everything that was added, with the update's scale in ΔW."""
-        energy = self._energy
-        if self.update.variant == "fa":
-            factor = _double(self.update.factor)
-            energy = ((factor.T @ factor) * self._gram).sum().clamp_min(0).item()
-        return abs(self.update.scale) * energy**0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +71,3 @@ def from_norms(names: Sequence[str], norms: Sequence[Mapping[tuple[int, str], fl
         for (q, layer), norm in measured.items():
             table[p, q, layers.index(layer)] = norm
     return Crosstalk(tuple(names), tuple(layers), table)
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.cpu().double()  # not every accelerator has fp64

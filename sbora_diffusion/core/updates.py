@@ -120,6 +120,17 @@ def share_of(own: Update, other: Update, values: Tensor) -> Write:
     return Write(own.dim, here.to(device), values.index_select(own.dim, there.to(device)))
 
 
+def union_of(updates: Sequence[Update]) -> Tensor:
+    """All owned indices, ascending, int64 on the CPU."""
+    owned = sorted(set().union(*(update.members for update in updates)))
+    return torch.tensor(owned, dtype=torch.int64)
+
+
+def places_in(update: Update, union: Tensor) -> Tensor:
+    """Where the update's indices stand among all, (r,) int64."""
+    return torch.searchsorted(union, update.index(union.device))
+
+
 def check_updates(weight: Tensor, updates: Sequence[Update]) -> None:
     """Raise FormatError unless the updates fit a weight (out, in) of floating-point numbers."""
     if weight.dim() != 2 or not weight.is_floating_point():

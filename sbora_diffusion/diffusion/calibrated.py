@@ -9,6 +9,7 @@ from torch import Tensor
 from sbora_diffusion.core.calibration import calibrated_concepts
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.folded_set import Weighted
+from sbora_diffusion.core.prediction import Forecast, forecast
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.moments import (
@@ -19,6 +20,7 @@ from sbora_diffusion.diffusion.moments import (
     own_steps,
 )
 from sbora_diffusion.diffusion.pipeline import StepCallback
+from sbora_diffusion.diffusion.targets import target_layers
 
 
 class Calibrated(Merged):
@@ -69,7 +71,7 @@ class Calibrated(Merged):
         """
         relations = self._checked(concepts)
         before = self._folded.concepts
-        louder = [(concept, weight * self.config.gain) for concept, weight in concepts]
+        louder = self._louder(concepts)
         try:
             self._fold(louder)
             self._fold([(copy, 1.0) for copy in self._fitted(louder)])
@@ -79,14 +81,55 @@ class Calibrated(Merged):
         self._relations = relations
         self._given = sorted(concepts, key=lambda pair: pair[0].meta.digest)
 
+    def forecast(self, concepts: Sequence[Weighted], names: Sequence[str]) -> Forecast:
+        """What these concepts will be in one model, calibrated or added, before they are merged.
+
+        Refuses and draws as `switch` does, which then has nothing to draw for the same set. The
+        present set is folded again.
+
+        Args:
+            names: what the concepts are called in the result; unlike their own, they must differ.
+
+        Raises:
+            As `switch` does. The base is as before then, too.
+        """
+        self._checked(concepts)
+        before = self._folded.concepts
+        louder = self._louder(concepts)
+        try:
+            self._fold(louder)
+            fitted = self._fitted(louder)
+            self._fold([])
+            return self._forecast(concepts, names, fitted)
+        finally:
+            self._fold(before)
+
+    def _forecast(
+        self, concepts: Sequence[Weighted], names: Sequence[str], fitted: Sequence[Concept]
+    ) -> Forecast:
+        """From what was measured, with the base bare."""
+        assert self._generic is not None
+        layers = target_layers(self.base.pipeline)
+        bare = {name: layer.weight for name, layer in layers.items()}
+        own = self._own_of(self._louder(concepts))
+        return forecast(names, concepts, fitted, own, self._generic, bare)
+
+    def _louder(self, concepts: Sequence[Weighted]) -> list[Weighted]:
+        """With the weights that are fitted and drawn."""
+        return [(concept, weight * self.config.gain) for concept, weight in concepts]
+
+    def _own_of(self, concepts: Sequence[Weighted]) -> dict[str, dict[str, Tensor]]:
+        """Digest to what the concept alone gave, with its weight."""
+        return {c.meta.digest: self._own[c.meta.digest, weight] for c, weight in concepts}
+
     def _fitted(self, concepts: Sequence[Weighted]) -> list[Concept]:
         if not concepts:
             return []
         self._measure(concepts)
         assert self._generic is not None
-        own = {c.meta.digest: self._own[c.meta.digest, weight] for c, weight in concepts}
-        weights = self.config.generic_weight, self.config.ridge
-        return calibrated_concepts(concepts, own, self._generic, *weights)
+        silence = self.config.generic_weight * len(concepts)
+        own, generic = self._own_of(concepts), self._generic
+        return calibrated_concepts(concepts, own, generic, silence, self.config.ridge)
 
     def _measure(self, concepts: Sequence[Weighted]) -> None:
         """Draw what has not been drawn yet; leaves the base bare or with one of them."""

@@ -51,9 +51,9 @@ class CalibrateConfig(BaseModel):
     )
     guidance: float = Field(default=4.0, gt=1, description="guidance scale of all drawing")
     generic_weight: float = Field(
-        default=5.0,
+        default=0.36,
         ge=0,
-        description="how much silence on generic prompts counts, a concept being 1",
+        description="how much silence on generic prompts counts for each concept, its own being 1",
     )
     gain: float = Field(
         default=1.1,

@@ -134,12 +134,19 @@ MERGES: dict[str, Merge] = {
     ),
     "calibrated, gain 1.1": Merge(calibration={"gain": 1.1}),
     "calibrated, gain 1.2": Merge(calibration={"gain": 1.2}),
-    "calibrated, generic 1": Merge(calibration={"generic_weight": 1.0, "gain": 1.0}),
-    "calibrated, generic 1, gain 1.1": Merge(calibration={"generic_weight": 1.0, "gain": 1.1}),
-    "calibrated, generic 1, ridge 1e-5": Merge(
-        calibration={"generic_weight": 1.0, "ridge": 1e-5, "gain": 1.0}
+    "calibrated, generic 1": Merge(calibration={"generic_weight": 1 / len(SUBJECTS), "gain": 1.0}),
+    "calibrated, generic 1, gain 1.1": Merge(
+        calibration={"generic_weight": 1 / len(SUBJECTS), "gain": 1.1}
     ),
-    "calibrated, generic 30": Merge(calibration={"generic_weight": 30.0, "gain": 1.0}),
-    "calibrated, generic 300": Merge(calibration={"generic_weight": 300.0, "gain": 1.0}),
+    "calibrated, generic 1, ridge 1e-5": Merge(
+        calibration={"generic_weight": 1 / len(SUBJECTS), "ridge": 1e-5, "gain": 1.0}
+    ),
+    "calibrated, generic 30": Merge(
+        calibration={"generic_weight": 30 / len(SUBJECTS), "gain": 1.0}
+    ),
+    "calibrated, generic 300": Merge(
+        calibration={"generic_weight": 300 / len(SUBJECTS), "gain": 1.0}
+    ),
 }
-"""Name → how they are merged."""
+"""Name → how they are merged; generic 1, 30, 300 is the weight for all concepts together, which by
+default is 5."""

@@ -19,7 +19,7 @@ from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.folded_set import concept_updates
 from sbora_diffusion.core.mixed import Bank, stacked
 from sbora_diffusion.core.mixed_layers import mixed_rows
-from sbora_diffusion.diffusion.activations import ProbeConfig, watched
+from sbora_diffusion.diffusion.activations import watched
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.dataset import load_examples
@@ -29,7 +29,12 @@ from sbora_diffusion.diffusion.prompts import spelled
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens
 
-PROMPTS = ProbeConfig().prompts
+PROMPTS = (
+    "a photo of {}",
+    "a photo of {} on the beach",
+    "a photo of {} in a kitchen",
+    "a drawing of {} in the snow",
+)
 """With {} where the token stands."""
 
 

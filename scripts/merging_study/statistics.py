@@ -49,7 +49,7 @@ def rank_correlation(first: Values, second: Values) -> dict[str, Any]:
 
 def _spearman(pairs: np.ndarray) -> np.ndarray:
     """ρ of each sample, (R, N, 2) → (R,): Pearson's correlation of mid-ranks."""
-    ranks = _ranks(pairs.swapaxes(1, 2))
+    ranks = ranks_of(pairs.swapaxes(1, 2))
     ranks -= ranks.mean(2, keepdims=True)
     x, y = ranks[:, 0], ranks[:, 1]
     spread = np.sqrt((x * x).sum(1) * (y * y).sum(1))
@@ -57,7 +57,7 @@ def _spearman(pairs: np.ndarray) -> np.ndarray:
         return np.where(spread > 0, (x * y).sum(1), np.nan) / spread
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks_of(values: np.ndarray) -> np.ndarray:
     """Ranks along the last axis from 1, equal values sharing their mean rank."""
     below = (values[..., None, :] < values[..., :, None]).sum(-1)
     equal = (values[..., None, :] == values[..., :, None]).sum(-1)

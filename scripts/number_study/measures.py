@@ -32,10 +32,11 @@ class Model(Protocol):
 class Divisible(Measures):
     """Measures of which a part of the subjects can be had."""
 
-    def part(self, subjects: slice) -> "Divisible":
-        """The same of some subjects alone."""
+    def part(self, numbers: Sequence[int]) -> "Divisible":
+        """The same of some subjects alone, by their numbers."""
         part = copy.copy(self)
-        part.subjects, part._references = self.subjects[subjects], self._references[subjects]
+        part.subjects = [self.subjects[number] for number in numbers]
+        part._references = [self._references[number] for number in numbers]
         return part
 
 
@@ -54,7 +55,7 @@ def alone(measures: Divisible, trained: Trained) -> Figures:
     found: Figures = {}
     for k, concept in enumerate(trained):
         model.switch([(concept, 1.0)])
-        found |= measures.part(slice(k, k + 1)).merged()
+        found |= measures.part([k]).merged()
     model.restore()
     return found
 
@@ -71,7 +72,7 @@ def curve(
     for count in counts:
         weight = 1 / count if how.weight is None else how.weight
         chosen = [(concept, weight) for concept in trained[:count]]
-        found.append({"concepts": count, **_point(measures.part(slice(count)), model, chosen)})
+        found.append({"concepts": count, **_point(measures.part(range(count)), model, chosen)})
         say(f"{count} concepts")
     model.restore()
     return found

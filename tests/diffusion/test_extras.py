@@ -6,7 +6,7 @@ import torch
 from sbora_diffusion.core.concept import Concept, LayerFactor, read_concept, write_concept
 from sbora_diffusion.core.concept_set import read_concept_set, write_concept_set
 from sbora_diffusion.core.errors import FormatError
-from sbora_diffusion.diffusion.activations import ProbeConfig, measure_crosstalk
+from sbora_diffusion.diffusion.calibrated import Calibrated
 from sbora_diffusion.diffusion.formats import write_lora
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline
@@ -57,11 +57,11 @@ def export(_base, pairs, folder):
         assert not (folder / "lora").exists()
 
 
-def crosstalk(base, pairs, _folder):
-    measure_crosstalk(base, pairs, ["plain", "biased"], ProbeConfig(prompts=("{}",), steps=1))
+def predict(base, pairs, _folder):
+    Calibrated(base).forecast(pairs, ["plain", "biased"])
 
 
-@pytest.mark.parametrize("way", [attach, switch, fold, export, crosstalk])
+@pytest.mark.parametrize("way", [attach, switch, fold, export, predict])
 def test_a_bias_that_would_be_ignored_is_refused_and_nothing_changes(
     pocket, plain, biased, tmp_path, way
 ):

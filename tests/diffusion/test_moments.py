@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from sbora_diffusion.core.calibration import calibrated_concepts
 from sbora_diffusion.core.errors import BaseMismatch, ConflictError, NonFiniteError
 from sbora_diffusion.diffusion import calibrated
 from sbora_diffusion.diffusion.activations import watched
@@ -25,7 +26,7 @@ from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept, 
 
 QUICK = CalibrateConfig(prompts=("a photo of {}", "{} in the rain"), generic=2, steps=1)
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-FAITHFUL = QUICK.model_copy(update={"generic_weight": 0.0})
+FAITHFUL = QUICK.model_copy(update={"generic_weight": 0.0, "gain": 1.0})
 KEYS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
@@ -149,6 +150,21 @@ def test_each_concept_hears_itself_better_than_after_plain_addition(pocket, stro
         share = [error(seen, fitted, own, n) / error(seen, plain, own, n) for n in seen]
         assert sum(share) < 0.6 * len(seen)
         assert sum(x < 1 for x in share) > 0.9 * len(seen)
+
+
+def test_weights_are_raised_by_the_gain_and_silence_counts_for_each_concept(pocket, strong):
+    pairs = [(strong["one"], 1.0), (strong["rows"], 0.8)]
+    config = QUICK.model_copy(update={"generic_weight": 2.0, "gain": 1.25})
+    louder = [(concept, 1.25 * weight) for concept, weight in pairs]
+    generic, own = generic_moments(pocket, config, lambda _: None), {}
+    for concept, weight in louder:
+        alone = Merged(pocket, [(concept, weight)])
+        own[concept.meta.digest] = own_moments(pocket, concept, config, lambda _: None)
+        alone.restore()
+    copies = calibrated_concepts(louder, own, generic, 2.0 * len(pairs), config.ridge)
+    expected = folded(pocket, Merged, [(copy, 1.0) for copy in copies])
+    found = folded(pocket, Calibrated, pairs, config)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_generic_prompts_hear_less_than_after_plain_addition(pocket, strong):
