@@ -7,7 +7,7 @@
 `run` trains all subjects of one recipe and seed at once, each in a slot of its own; draws every
 prompt with each concept alone and with all of them in one model, merged in every way of the plan;
 draws prompts without a concept, too; and judges the pictures. It writes one file a recipe and seed.
-`report` needs all of them and writes results/crosstalk.json.
+`report` joins them to results/crosstalk.json and fills in the tables of docs/crosstalk.md.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from crosstalk_study.measures import NOISE, Drawing, Measures
+from crosstalk_study.page import filled
 from crosstalk_study.plan import MERGES, RECIPES, SEEDS, SUBJECTS, Merge, Recipe
 from crosstalk_study.remedies import Remedied
+from crosstalk_study.rows import CLASS_WORD, record_of
 from merging_study.plan import part_of
-from merging_study.statistics import mean_figure
 from study_options import FIGURES, command, study_parser
 
 from sbora_diffusion.alignment import load_judges
@@ -37,9 +38,6 @@ from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.moments import CalibrateConfig, generic_moments
 from sbora_diffusion.evaluation.features import LOCAL
 from sbora_diffusion.records import run_of
-
-WHAT = "alignment of concepts alone and in one model, by training recipe and way of merging"
-CLASS_WORD = "class word"
 
 
 def train(
@@ -130,85 +128,11 @@ def _run(args: argparse.Namespace, began: float) -> dict[str, Any]:
 def report(args: argparse.Namespace) -> None:
     files = {path.stem: json.loads(path.read_text()) for path in sorted(args.files.glob("*.json"))}
     bound = files.pop(CLASS_WORD.replace(" ", "_"))
-    by_recipe: dict[str, list[dict[str, Any]]] = {}
-    for found in files.values():
-        by_recipe.setdefault(found["recipe"], []).append(found)
-    order = sorted(by_recipe, key=list(RECIPES).index)
-    record = {
-        "what": WHAT,
-        **{key: bound["run"][key] for key in ("date", "commit", "device", "versions")},
-        "subjects": list(bound["alone"]),
-        "class_word": {k: _mean([e[k] for e in bound["alone"].values()]) for k in FIGURES},
-        "unrelated": {"noise": bound["noise"], "text_alignment": bound["text_of_unrelated"]},
-        "recipes": [_row(name, by_recipe[name], bound) for name in order],
-        "runs": [bound["run"], *(found["run"] for name in order for found in by_recipe[name])],
-    }
+    record = record_of(bound, list(files.values()))
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    args.page.write_text(filled(args.page.read_text(encoding="utf-8"), record), encoding="utf-8")
     for row in record["recipes"]:
         print(_line(row), flush=True)
-
-
-def _row(name: str, runs: Sequence[Mapping[str, Any]], bound: Mapping[str, Any]) -> dict[str, Any]:
-    """One recipe, over its seeds; a concept's figure is the mean over them."""
-    recipe = RECIPES[name]
-    alone = _over_seeds([found["alone"] for found in runs])
-    strong = [
-        concept
-        for concept, figures in alone.items()
-        if all(figures[k] - bound["alone"][concept][k] >= 0.1 for k in FIGURES[1:])
-    ]
-    return {
-        "recipe": name,
-        "changes": dict(recipe.changes),
-        "layers": list(recipe.layers),
-        "white": recipe.white,
-        "alone_steps": recipe.alone,
-        "seeds": [found["seed"] for found in runs],
-        "training_seconds": max(found["training_seconds"] for found in runs),
-        "alone": {k: _mean([figures[k] for figures in alone.values()]) for k in FIGURES},
-        "strong": strong,
-        "merged": {way: _way(runs, way, alone, strong, bound) for way in runs[0]["merged"]},
-    }
-
-
-def _way(
-    runs: Sequence[Mapping[str, Any]],
-    way: str,
-    alone: Mapping[str, Mapping[str, float]],
-    strong: Sequence[str],
-    bound: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What one way of merging makes of a recipe's concepts."""
-    each = _over_seeds([found["merged"][way]["each"] for found in runs])
-    parts = [found["merged"][way] for found in runs]
-    change = {c: {k: each[c][k] - alone[c][k] for k in FIGURES} for c in each}
-    texts = [part["text_of_unrelated"] - bound["text_of_unrelated"] for part in parts]
-    return {
-        "seconds": max(part["seconds"] for part in parts),
-        "change": {k: _mean([change[c][k] for c in change]) for k in FIGURES},
-        "change_of_strong": {k: _mean([change[c][k] for c in strong]) for k in FIGURES}
-        if strong
-        else None,
-        "worst": {k: round(min(change[c][k] for c in change), 4) for k in FIGURES},
-        "unrelated_distance": {
-            k: round(sum(part["distance"][k] for part in parts) / len(parts), 5)
-            for k in FIGURES[1:]
-        },
-        "unrelated_text_change": round(sum(texts) / len(texts), 4),
-    }
-
-
-def _over_seeds(
-    runs: Sequence[Mapping[str, Mapping[str, float]]],
-) -> dict[str, dict[str, float]]:
-    return {
-        concept: {k: sum(found[concept][k] for found in runs) / len(runs) for k in FIGURES}
-        for concept in runs[0]
-    }
-
-
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    return mean_figure(list(values))
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -226,6 +150,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--merges", nargs="+", default=list(MERGES), choices=list(MERGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--num", type=int, default=2, help="pictures for each prompt")
+    parser.add_argument("--page", type=Path, default=Path("docs/crosstalk.md"))
     return parser.parse_args()
 
 

@@ -95,28 +95,3 @@ def test_folded_training_in_bf16_was_judged_with_several_seeds():
     assert len(record["concepts"]) == 14 and len(record["seeds"]) >= 3
     for figure in record["figures"].values():
         assert all(len(found) == len(record["seeds"]) for found in figure["by_seed"].values())
-
-
-@pytest.fixture(scope="module")
-def crosstalk() -> dict:
-    return json.loads((RESULTS / "crosstalk.json").read_text())
-
-
-def test_crosstalk_was_judged_on_subjects_that_are_not_committed_with_three_seeds(crosstalk):
-    committed = {path.parent.name for path in RESULTS.parent.glob("concepts/*/concept.toml")}
-    assert len(crosstalk["subjects"]) == 14 and not committed & set(crosstalk["subjects"])
-    for row in crosstalk["recipes"]:
-        assert len(row["seeds"]) == 3 and {"added", "calibrated"} <= set(row["merged"])
-        for way in row["merged"].values():
-            for name, figure in way["change"].items():
-                assert way["worst"][name] <= figure["value"]
-                assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
-
-
-def test_the_page_on_crosstalk_shows_the_record(crosstalk):
-    page = (RESULTS.parent / "docs" / "crosstalk.md").read_text()
-    for row in crosstalk["recipes"]:
-        ways = [row["merged"][way]["change"] for way in ("added", "averaged", "calibrated")]
-        cells = [" / ".join(f"{v['value']:+.3f}" for v in way.values()) for way in ways]
-        alone = " / ".join(f"{v['value']:.3f}" for v in row["alone"].values())
-        assert f"| {row['recipe']} | {alone} | {' | '.join(cells)} |" in page

@@ -98,6 +98,9 @@ RECIPES: dict[str, Recipe] = {
     "quiet": Recipe({"rate_unet": 4e-4}),
 }
 """Name → how all subjects are trained."""
+PLAIN = ("default", "fb", "loud", "loud, batch 8", "loud, batch 8, 8 vectors", "quiet",
+         "loud, token first, 8 vectors")  # fmt: skip
+"""Those that have no remedy against crosstalk in them."""
 
 
 @dataclass(frozen=True)
