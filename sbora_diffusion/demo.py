@@ -18,10 +18,12 @@ from sbora_diffusion.core.concept import Concept, read_concept
 from sbora_diffusion.core.errors import ConfigError, DataError
 from sbora_diffusion.core.storage import write_atomically
 from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.calibrated import Calibrated
 from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import open_image, to_tensor
-from sbora_diffusion.diffusion.merging import RECORD, Merged
+from sbora_diffusion.diffusion.merging import RECORD
+from sbora_diffusion.diffusion.moments import CalibrateConfig
 from sbora_diffusion.diffusion.pipeline import DEFAULT_STEPS, ConceptPipeline, draw
 from sbora_diffusion.diffusion.probe import denoising_error
 from sbora_diffusion.diffusion.prompts import with_article
@@ -52,6 +54,7 @@ class Demo:
     folder: Path
     console: Console
     config: TrainConfig
+    calibration: CalibrateConfig
     sampling_steps: int
     subjects: list[Subject]
     references: dict[str, list[Image.Image]]
@@ -87,6 +90,7 @@ def run_demo(
     console: Console,
     config: TrainConfig,
     sampling_steps: int = DEFAULT_STEPS,
+    calibration: CalibrateConfig | None = None,
 ) -> dict[str, Any]:
     """Run all of it and write `demo.png`, two concept files, `merged/` and `demo.json`.
 
@@ -103,7 +107,8 @@ def run_demo(
     _refuse_foreign(folder / "merged")
     subjects = [read_subject(path) for path in demo_folders()]
     references = {s.settings.name: _references(s, base.resolution) for s in subjects}
-    demo = Demo(base, folder, console, config, sampling_steps, subjects, references)
+    calibration = calibration or CalibrateConfig()
+    demo = Demo(base, folder, console, config, calibration, sampling_steps, subjects, references)
     _before(demo)
     for subject in subjects:
         _learn(demo, subject)
@@ -177,8 +182,10 @@ def _learn(demo: Demo, subject: Subject) -> None:
 
 def _together(demo: Demo) -> None:
     """Merge all concepts, write the model, and draw with it."""
+    concepts = [(concept, 1.0) for concept in demo.concepts.values()]
+    with demo.stage("merging") as bar:
+        merged = Calibrated(demo.base, concepts, demo.calibration, on_step=bar)
     with demo.stage("drawing with the merged model") as bar:
-        merged = Merged(demo.base, [(concept, 1.0) for concept in demo.concepts.values()])
         try:
             shutil.rmtree(demo.folder / "merged", ignore_errors=True)
             merged.save(demo.folder / "merged")

@@ -10,15 +10,17 @@ from sbora_diffusion.contact_sheet import Sheet
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.demo import DEMO, demo_folders, run_demo
+from sbora_diffusion.diffusion.moments import CalibrateConfig
 from sbora_diffusion.diffusion.probe import denoising_error
 from tests.conftest import TINY
 
 QUICK = TINY.model_copy(update={"steps": 1})
+FEW = CalibrateConfig(prompts=("a photo of {}",), generic=1, steps=1)
 
 
 def test_the_demo_writes_all_it_promises_and_leaves_the_base_as_it_was(pocket, tmp_path, capsys):
     before = copy.deepcopy(pocket.pipeline.unet.state_dict())
-    record = run_demo(pocket, tmp_path, Console(), QUICK, sampling_steps=1)
+    record = run_demo(pocket, tmp_path, Console(), QUICK, 1, FEW)
     assert json.loads((tmp_path / "demo.json").read_text()) == record
     assert {path.name for path in tmp_path.iterdir()} == {
         "demo.json",
