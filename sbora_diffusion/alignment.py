@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sbora_diffusion.evaluation.dino import DinoFeatures
 from sbora_diffusion.evaluation.features import (
     HUB,
     LOCAL,
@@ -15,7 +16,7 @@ from sbora_diffusion.evaluation.features import (
     EfficientNetFeatures,
     ImageFeatures,
 )
-from sbora_diffusion.evaluation.metrics import image_alignment, text_alignment
+from sbora_diffusion.evaluation.protocols import RAW_COSINE, Protocol
 
 References = Mapping[str, Tensor]
 """Name of the image features → those of the reference images, (M, D)."""
@@ -39,7 +40,8 @@ class Scores:
 
     Attributes:
         text: (N,), NaN for pictures without a text.
-        image: name of the features → (N,); empty without references.
+        image: name of the figure, which begins with that of the features → (N,); empty without
+            references.
     """
 
     text: Tensor
@@ -64,18 +66,21 @@ def joined(parts: Sequence[Scores]) -> Scores:
     return Scores(torch.cat([part.text for part in parts]), image)
 
 
-def load_judges(clip: str = "pocket-clip", device: str = "cpu") -> Judges:
-    """The judges that are installed.
+def load_judges(clip: str = "pocket-clip", device: str = "cpu", dino: str | None = None) -> Judges:
+    """The judges that are installed, and DINO if its weights are given.
 
     Args:
         clip: MODEL[:PRETRAINED], see `ClipFeatures.load`.
+        dino: see `DinoFeatures.load`.
 
     Raises:
-        ConfigError, FormatError, ResourceError: see `ClipFeatures.load`.
+        ConfigError, FormatError, ResourceError: see `ClipFeatures.load` and `DinoFeatures.load`.
     """
     model, pretrained = _split_model(clip)
-    further = (EfficientNetFeatures.load(device),) if EfficientNetFeatures.installed() else ()
-    return Judges(ClipFeatures.load(model, pretrained, device), further)
+    further: list[ImageFeatures] = [DinoFeatures.load(dino, device)] if dino else []
+    if EfficientNetFeatures.installed():
+        further.append(EfficientNetFeatures.load(device))
+    return Judges(ClipFeatures.load(model, pretrained, device), tuple(further))
 
 
 def _split_model(spec: str) -> tuple[str, str | None]:
@@ -90,6 +95,7 @@ def score(
     pictures: Sequence[Image.Image],
     texts: Sequence[str | None],
     references: References | None = None,
+    protocol: Protocol = RAW_COSINE,
 ) -> Scores:
     """Score pictures, however they were made.
 
@@ -102,12 +108,13 @@ def score(
     seen = judges.clip.images(pictures)
     known = [k for k, text in enumerate(texts) if text is not None]
     text_scores = torch.full((len(pictures),), torch.nan)
-    written = judges.clip.texts([text for text in texts if text is not None])
-    text_scores[known] = text_alignment(seen[known], written)
-    image_scores = {}
+    written = judges.clip.texts([protocol.prefix + text for text in texts if text is not None])
+    text_scores[known] = protocol.text_alignment(seen[known], written)
+    image_scores: dict[str, Tensor] = {}
     if references is not None:
         features = {judges.clip.name: seen, **{j.name: j.images(pictures) for j in judges.further}}
-        image_scores = {n: image_alignment(f, references[n]) for n, f in features.items()}
+        for name, found in features.items():
+            image_scores |= protocol.image_alignments(name, found, references[name])
     return Scores(text_scores, image_scores)
 
 
@@ -126,13 +133,3 @@ def figures(means: Mapping[str, Any], signed: bool = False) -> dict[str, str]:
     values |= {f"image alignment, {name}": v for name, v in means["image_alignment"].items()}
     form = "{:+.3f}" if signed else "{:.3f}"
     return {name: form.format(value) for name, value in values.items() if value is not None}
-
-
-def in_plain_words(prompt: str, nouns: Mapping[str, str]) -> str:
-    """A prompt with the class noun in place of each placeholder token.
-
-    No judge knows the placeholders; Mix-of-Show (arXiv 2305.18292) does the same.
-    """
-    for token, noun in nouns.items():
-        prompt = prompt.replace(token, noun)
-    return prompt

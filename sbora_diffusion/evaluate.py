@@ -1,6 +1,5 @@
 """What `sbora evaluate` does: judge a concept against its bare class word, or a picture folder."""
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from sbora_diffusion.alignment import Judges, Scores, difference, in_plain_words, joined, score
+from sbora_diffusion.alignment import Judges, Scores, difference, joined, score
 from sbora_diffusion.contact_sheet import TILE, Sheet
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.errors import DataError
@@ -21,6 +20,7 @@ from sbora_diffusion.diffusion.dataset import open_image
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, StepCallback, draw
 from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluation.features import BATCH_SIZE
+from sbora_diffusion.evaluation.protocols import PLACEHOLDER, RAW_COSINE, Protocol
 from sbora_diffusion.pictures import read_prompt
 
 PROMPTS = (
@@ -36,7 +36,6 @@ PROMPTS = (
     "a watercolour painting of {} in the mountains at sunset",
 )
 CLASS_WORD, CONCEPT = "class_word", "concept"
-PLACEHOLDER = re.compile(r"<[a-z0-9_-]{1,62}>")
 COLUMNS = 8
 
 
@@ -100,6 +99,7 @@ def evaluate_concept(
     *,
     weight: float = 1.0,
     prompts: Sequence[str] = PROMPTS,
+    protocol: Protocol = RAW_COSINE,
     on_step: StepCallback | None = None,
 ) -> Evaluation:
     """Draw the same prompts with a concept and with its bare class word, and compare both.
@@ -130,7 +130,7 @@ def evaluate_concept(
     compared = judges.references(references)
     texts = [prompt.format(bare) for prompt in prompts for _ in range(config.num)]
     groups = {
-        name: Judged(drawn[name], texts, score(judges, drawn[name], texts, compared))
+        name: Judged(drawn[name], texts, score(judges, drawn[name], texts, compared, protocol))
         for name in (CLASS_WORD, CONCEPT)
     }
     record = {
@@ -141,6 +141,7 @@ def evaluate_concept(
         "base_key": base.key,
         "rounded_base": rounded,
         "clip": judges.clip.name,
+        "protocol": protocol.record(judges.clip.name),
         "stands_for": {words: bare},
         "references": len(references),
         "settings": config.model_dump(mode="json"),
@@ -161,6 +162,7 @@ def evaluate_folder(
     *,
     prompt: str | None = None,
     nouns: Mapping[str, str] | None = None,
+    protocol: Protocol = RAW_COSINE,
     on_step: StepCallback | None = None,
 ) -> Evaluation:
     """Judge the pictures in a folder by the prompts noted in them.
@@ -180,13 +182,15 @@ def evaluate_folder(
             f"the pictures in {folder} hold no prompts, and there are no references",
             "give --prompt or --references",
         )
-    texts = [text and in_plain_words(text, nouns or {}) for text in prompts]
-    judged = _judge_files(judges, files, texts, references, on_step)
+    texts = [text and protocol.plain(text, nouns or {}) for text in prompts]
+    judged = _judge_files(judges, files, texts, references, protocol, on_step)
     record = {
         "folder": str(folder),
         "clip": judges.clip.name,
+        "protocol": protocol.record(judges.clip.name),
         "stands_for": dict(nouns or {}),
-        "unknown_tokens": sorted({t for text in texts if text for t in PLACEHOLDER.findall(text)}),
+        "unknown_tokens": _tokens(texts),
+        "removed_tokens": sorted(set(_tokens(prompts)) - {*(nouns or {}), *_tokens(texts)}),
         "without_prompt": texts.count(None),
         "references": len(references),
         **judged.scores.means(),
@@ -246,6 +250,7 @@ def _judge_files(
     files: Sequence[Path],
     texts: Sequence[str | None],
     references: Sequence[Image.Image],
+    protocol: Protocol,
     on_step: StepCallback | None,
 ) -> Judged:
     """Judge a few files at a time, and keep of each picture what a sheet shows."""
@@ -254,11 +259,15 @@ def _judge_files(
     for start in range(0, len(files), BATCH_SIZE):
         rows = slice(start, start + BATCH_SIZE)
         pictures = [open_image(file) for file in files[rows]]
-        parts.append(score(judges, pictures, texts[rows], compared))
+        parts.append(score(judges, pictures, texts[rows], compared, protocol))
         tiles += [_tile(picture) for picture in pictures]
         if on_step:
             on_step(len(tiles), len(files))
     return Judged(tiles, texts, joined(parts))
+
+
+def _tokens(texts: Sequence[str | None]) -> list[str]:
+    return sorted({token for text in texts if text for token in PLACEHOLDER.findall(text)})
 
 
 def _of_prompt(groups: Mapping[str, Judged], number: int, num: int) -> dict[str, Scores]:

@@ -2,8 +2,8 @@
 
     python scripts/profile_speed.py
 
-Writes results/speed_profile.json and docs/speed_profile.md. Shares are those of torch's profiler,
-whose own cost is taken out by scaling them to the time without it.
+Writes results/speed_profile.json and the tables of docs/speed_profile.md. Shares are those of
+torch's profiler, whose own cost is taken out by scaling them to the time without it.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_options import with_tables
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -142,30 +143,28 @@ def measured(found: Mapping[str, Timed], rounds: int) -> dict[str, Any]:
     return result
 
 
-def page(record: dict[str, Any]) -> str:
-    lines = [
-        "# What a training step's time goes into on a CPU",
+def tables(record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name → lines of Markdown, for the page."""
+    where = (
         f"{record['device']} ({record['date']}, commit {record['commit']}, torch "
         f"{record['versions']['torch']}): `{record['command']}`. Milliseconds; medians of "
-        "interleaved rounds, split by the shares of torch's profiler.",
-    ]
+        "interleaved rounds, split by the shares of torch's profiler."
+    )
+    lines = [where]
     for title, methods in record["profiles"].items():
-        kinds = sorted(
-            {kind for one in methods.values() for kind in one["parts"]},
-            key=lambda kind: -methods[FLOOR]["parts"].get(kind, 0.0),
-        )
-        names = [METHODS[name].title for name in methods]
-        lines += [
-            "",
-            f"## {title}",
-            f"| | {' | '.join(names)} |",
-            "| --- |" + " --- |" * len(names),
-        ]
-        rows = {"all": [one["ms"] for one in methods.values()]}
-        rows["over the frozen model"] = [one["over_frozen"] for one in methods.values()]
-        rows |= {k: [one["parts"].get(k, 0.0) for one in methods.values()] for k in kinds}
-        lines += [f"| {k} | {' | '.join(f'{v:.3f}' for v in row)} |" for k, row in rows.items()]
-    return "\n".join(lines) + "\n"
+        lines += ["", f"**{title}**", "", *_table(methods)]
+    return {"profiles": lines}
+
+
+def _table(methods: Mapping[str, Any]) -> list[str]:
+    kinds = {kind for one in methods.values() for kind in one["parts"]}
+    by_size = sorted(kinds, key=lambda kind: -methods[FLOOR]["parts"].get(kind, 0.0))
+    rows = {"all": [one["ms"] for one in methods.values()]}
+    rows["over the frozen model"] = [one["over_frozen"] for one in methods.values()]
+    rows |= {kind: [one["parts"].get(kind, 0.0) for one in methods.values()] for kind in by_size}
+    names = [METHODS[name].title for name in methods]
+    head = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    return head + [f"| {k} | {' | '.join(f'{v:.3f}' for v in row)} |" for k, row in rows.items()]
 
 
 def main() -> None:
@@ -194,7 +193,8 @@ def main() -> None:
         "profiles": profiles,
     }
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    args.page.write_text(page(record), encoding="utf-8")
+    page = args.page.read_text(encoding="utf-8")
+    args.page.write_text(with_tables(page, tables(record)), encoding="utf-8")
 
 
 if __name__ == "__main__":

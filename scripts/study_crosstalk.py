@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from crosstalk_study.measures import NOISE, Drawing, Measures
-from crosstalk_study.page import filled
+from crosstalk_study.page import tables
 from crosstalk_study.plan import MERGES, RECIPES, SEEDS, SUBJECTS, Merge, Recipe
 from crosstalk_study.remedies import Remedied
 from crosstalk_study.rows import CLASS_WORD, record_of
 from merging_study.plan import part_of
-from study_options import FIGURES, command, study_parser
+from study_options import FIGURES, command, study_parser, with_tables
 
 from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.console import quiet_libraries
@@ -130,7 +130,9 @@ def report(args: argparse.Namespace) -> None:
     bound = files.pop(CLASS_WORD.replace(" ", "_"))
     record = record_of(bound, list(files.values()))
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    args.page.write_text(filled(args.page.read_text(encoding="utf-8"), record), encoding="utf-8")
+    args.page.write_text(
+        with_tables(args.page.read_text(encoding="utf-8"), tables(record)), encoding="utf-8"
+    )
     for row in record["recipes"]:
         print(_line(row), flush=True)
 

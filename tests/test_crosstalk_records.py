@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
 page = importlib.import_module("crosstalk_study.page")
 rows = importlib.import_module("crosstalk_study.rows")
-FIGURES = importlib.import_module("study_options").FIGURES
+options = importlib.import_module("study_options")
+profile = importlib.import_module("profile_speed")
+FIGURES = options.FIGURES
 
 
 def record(name: str) -> dict:
@@ -40,8 +42,13 @@ def test_crosstalk_was_judged_on_subjects_that_are_not_committed_with_three_seed
 
 def test_the_tables_of_the_page_on_crosstalk_are_those_of_the_record(crosstalk):
     text = (ROOT / "docs" / "crosstalk.md").read_text(encoding="utf-8")
-    assert page.filled(text, crosstalk) == text
+    assert options.with_tables(text, page.tables(crosstalk)) == text
     assert all(f"| {row['recipe']} |" in text for row in crosstalk["recipes"])
+
+
+def test_the_page_on_a_cpus_time_shows_its_record():
+    text = (ROOT / "docs" / "speed_profile.md").read_text(encoding="utf-8")
+    assert options.with_tables(text, profile.tables(record("speed_profile"))) == text
 
 
 def test_the_curve_has_every_method_at_every_number_of_concepts():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from sbora_diffusion import cli, demo, evaluate
-from sbora_diffusion.alignment import Judges, in_plain_words, load_judges, score
+from sbora_diffusion.alignment import Judges, load_judges, score
 from sbora_diffusion.console import Console
 from sbora_diffusion.contact_sheet import TILE
 from sbora_diffusion.core.concept import read_concept
@@ -18,6 +18,7 @@ from sbora_diffusion.demo import ALONE, BASE, MERGED, Demo
 from sbora_diffusion.diffusion import bases
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.dataset import open_image
+from sbora_diffusion.diffusion.moments import CalibrateConfig
 from sbora_diffusion.diffusion.pipeline import draw
 from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluate import PROMPTS, EvaluateConfig, evaluate_concept
@@ -257,8 +258,7 @@ def test_ready_made_pictures_can_be_scored_with_and_without_texts(judges):
     assert score(judges, pictures, [None, None]).means()["text_alignment"] is None
 
 
-def test_words_stand_for_tokens():
-    assert in_plain_words("<a> on <b>, <a>", {"<a>": "cat", "<b>": "table"}) == "cat on table, cat"
+def test_nouns_get_their_article():
     assert [with_article(noun) for noun in ("apple", "Ox", "cat")] == ["an apple", "an Ox", "a cat"]
 
 
@@ -268,7 +268,7 @@ def finished(pocket, tmp_path):
     subject = read_subject(BEAR)
     colours = {BASE: "red", ALONE: "lime", MERGED: "blue"}
     return Demo(
-        pocket, tmp_path, Console(), TINY, 1, [subject],
+        pocket, tmp_path, Console(), TINY, CalibrateConfig(), 1, [subject],
         references={"plushbear": [Image.new("RGB", (64, 64), "lime")]},
         pictures={
             ("plushbear", model): [Image.new("RGB", (64, 64), colour)] * 2

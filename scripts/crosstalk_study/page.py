@@ -13,16 +13,6 @@ DRIFT = FIGURES[-1]
 Record = Mapping[str, Any]
 
 
-def filled(page: str, record: Record) -> str:
-    """The page with its tables made anew; each stands between two comments with its name."""
-    for name, lines in tables(record).items():
-        before, rest = page.split(f"<!-- table: {name} -->\n")
-        _, after = rest.split(f"<!-- end: {name} -->\n")
-        table = "\n".join(lines)
-        page = f"{before}<!-- table: {name} -->\n{table}\n<!-- end: {name} -->\n{after}"
-    return page
-
-
 def tables(record: Record) -> dict[str, list[str]]:
     """Name → lines of Markdown."""
     rows = record["recipes"]
