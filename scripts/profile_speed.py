@@ -158,7 +158,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _table(methods: Mapping[str, Any]) -> list[str]:
     kinds = {kind for one in methods.values() for kind in one["parts"]}
-    by_size = sorted(kinds, key=lambda kind: -methods[FLOOR]["parts"].get(kind, 0.0))
+    by_size = sorted(kinds, key=lambda kind: (-methods[FLOOR]["parts"].get(kind, 0.0), kind))
     rows = {"all": [one["ms"] for one in methods.values()]}
     rows["over the frozen model"] = [one["over_frozen"] for one in methods.values()]
     rows |= {kind: [one["parts"].get(kind, 0.0) for one in methods.values()] for kind in by_size}

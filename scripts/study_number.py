@@ -22,7 +22,6 @@ import torch
 from crosstalk_study.measures import Drawing
 from merging_study.plan import part_of
 from number_study.measures import Divisible, Trained, alone, curve
-from number_study.peers import DenseTraining
 from number_study.plan import (
     COUNTS,
     PEER_RATES,
@@ -41,6 +40,7 @@ from study_options import command, study_parser
 from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.bench.picture import png_bytes
 from sbora_diffusion.console import quiet_libraries
+from sbora_diffusion.diffusion.baselines.low_rank import Down, LowRankTraining
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -119,11 +119,14 @@ def _trained(base: Base, lessons: Sequence[Lesson], kind: Kind) -> Trained:
     if kind == "sbora":
         training = GroupTraining(base, lessons)
     else:
-        training = DenseTraining(base, lessons, kind == "orthogonal")
+        down: Down = "basis" if kind == "orthogonal" else "trained"
+        training = LowRankTraining(base, lessons, kind, down=down)
     try:
         for _ in training.steps():
             pass
-        return training.dense() if isinstance(training, DenseTraining) else training.concepts()
+        if isinstance(training, LowRankTraining):
+            return training.adapted()
+        return training.concepts()
     finally:
         training.close()
 

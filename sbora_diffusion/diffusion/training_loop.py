@@ -94,6 +94,10 @@ class TrainingLoop(ABC):
     def _after_step(self) -> None:  # noqa: B027 - most have nothing to do here
         """Called after each optimizer step."""
 
+    def _placeholders(self, embedding: nn.Embedding, count: int) -> TrainableTokens:
+        """What trains the last `count` rows of an embedding."""
+        return TrainableTokens(embedding, count)
+
     def _attach(self) -> None:
         pipeline, config = self.base.pipeline, self.config
         self.tokens = PlaceholderTokens(pipeline)
@@ -101,7 +105,7 @@ class TrainingLoop(ABC):
         self.tokens.add(initial)
         self._put_in()
         embedding = pipeline.text_encoder.get_input_embeddings()
-        self.trainable = TrainableTokens(embedding, sum(map(len, initial.values())))
+        self.trainable = self._placeholders(embedding, sum(map(len, initial.values())))
         pipeline.text_encoder.set_input_embeddings(self.trainable)
         if config.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 from crosstalk_study.measures import Measures
 from crosstalk_study.plan import Merge
 
-from number_study.peers import Dense, DenseModel
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.errors import NonFiniteError
+from sbora_diffusion.diffusion.baselines.adapted import Adapted
+from sbora_diffusion.diffusion.baselines.edited import Summed
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.calibrated import Calibrated
 from sbora_diffusion.diffusion.merging import Merged
@@ -18,7 +19,7 @@ from sbora_diffusion.diffusion.moments import CalibrateConfig
 
 Figures = dict[str, dict[str, float]]
 """Subject → figures."""
-Trained = Sequence[Concept] | Sequence[Dense]
+Trained = Sequence[Concept] | Sequence[Adapted]
 
 
 class Model(Protocol):
@@ -42,8 +43,8 @@ class Divisible(Measures):
 
 def model_of(base: Base, trained: Trained, how: Merge) -> Model:
     """An empty model for these concepts."""
-    if isinstance(trained[0], Dense):
-        return DenseModel(base)
+    if isinstance(trained[0], Adapted):
+        return Summed(base)
     if how.calibration is None:
         return Merged(base)
     return Calibrated(base, config=CalibrateConfig.model_validate(how.calibration))

@@ -1,0 +1,1 @@
+"""The methods that SBoRA is compared with: the same base, loop, captions and pictures for all."""
