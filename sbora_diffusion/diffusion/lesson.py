@@ -88,6 +88,7 @@ class Lesson:
     """
 
     def __init__(self, base: Base, subject: Subject, config: TrainConfig, start: int):
+        _refuse_other_size(base, config)
         self.base, self.subject, self.config, self.start = base, subject, config, start
         self.fingerprint = base.fingerprint
         self.examples = load_examples(
@@ -150,6 +151,16 @@ class Lesson:
             class_noun=settings.class_noun,
             tokens=(TokenMeta(token=settings.token, initializer=settings.class_noun),),
             training=config.model_dump(mode="json"),
+        )
+
+
+def _refuse_other_size(base: Base, config: TrainConfig) -> None:
+    """Generic examples stand in one batch with the subject's, and have the base's own size."""
+    size = config.resolution or base.resolution
+    if config.preservation and size != base.resolution:
+        raise ConfigError(
+            f"preservation needs the base's own resolution, {base.resolution}, got {size}",
+            "leave out `resolution`, or set preservation=0",
         )
 
 

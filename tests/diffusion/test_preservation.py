@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.generic import PLACES, generic_prompts
@@ -110,3 +111,10 @@ def test_generic_prompts_are_the_same_for_a_seed_and_not_those_of_the_evaluation
     assert len(set(prompts)) > 150 and not any(set("<>{}") & set(prompt) for prompt in prompts)
     assert " an apple" in " ".join(prompts) and " a apple" not in " ".join(prompts)
     assert not any(place and place in prompt for place in PLACES for prompt in PROMPTS)
+
+
+def test_another_resolution_than_the_bases_is_refused_before_anything_is_drawn(pocket):
+    subject = read_subject(CONCEPTS / "plushbear")
+    config = TrainConfig(preservation=1.0, resolution=pocket.resolution // 2)
+    with pytest.raises(ConfigError, match=rf"own resolution, {pocket.resolution}, got"):
+        ConceptTraining(pocket, subject, config, start=0)
