@@ -18,25 +18,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from crosstalk_study.measures import NOISE, Drawing, Measures
+from crosstalk_study.measures import NOISE, Measures, measures_of
 from crosstalk_study.page import tables
 from crosstalk_study.plan import MERGES, RECIPES, SEEDS, SUBJECTS, Merge, Recipe
 from crosstalk_study.remedies import Remedied
 from crosstalk_study.rows import CLASS_WORD, record_of
 from merging_study.plan import part_of
 from study_options import FIGURES, command, study_parser, with_tables
+from study_training import finished, lessons_of
 
-from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.core.concept import Concept
-from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.calibrated import Calibrated
-from sbora_diffusion.diffusion.concepts import Subject, read_subject
+from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.lesson import Lesson
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.moments import CalibrateConfig, generic_moments
-from sbora_diffusion.evaluation.features import LOCAL
 from sbora_diffusion.records import run_of
 
 
@@ -44,24 +42,13 @@ def train(
     base: Base, subjects: Sequence[Subject], recipe: Recipe, config: TrainConfig
 ) -> list[Concept]:
     """A concept of each subject, all trained in one batch."""
-    lessons = [Lesson(base, s, config, slot * config.rank) for slot, s in enumerate(subjects)]
     generic = generic_moments(base, CalibrateConfig(), lambda _: None) if recipe.white else {}
-    training = Remedied(base, lessons, recipe, generic)
-    try:
-        for _ in training.steps():
-            pass
-        return training.concepts()
-    finally:
-        training.close()
+    return finished(Remedied(base, lessons_of(base, subjects, config), recipe, generic))
 
 
 def run(args: argparse.Namespace) -> None:
-    judge = args.judge
-    judges = load_judges(f"{LOCAL}{judge}" if Path(judge).is_dir() else judge, args.device)
-    base = load_base(args.base, args.device)
-    subjects = [read_subject(args.concepts / name) for name in args.subjects]
-    how = Drawing(args.num, args.seed, args.steps, args.guidance)
-    measures = Measures(base, judges, subjects, how)
+    measures = measures_of(args)
+    base, subjects = measures.base, measures.subjects
     args.files.mkdir(parents=True, exist_ok=True)
     if args.part == 1:
         began = time.monotonic()

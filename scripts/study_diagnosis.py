@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from crosstalk_study.measures import Drawing, Measures
+from crosstalk_study.measures import Measures, measures_of
 from crosstalk_study.plan import SUBJECTS
 from diagnosis_study.noise import PROMPTS, Crowd, Scenes, crosstalk, scenes
 from diagnosis_study.parts import Inputs, parts_by_group
@@ -36,18 +36,16 @@ from diagnosis_study.rows import heading, rows, shown
 from merging_study.plan import part_of
 from merging_study.statistics import mean_figure
 from study_options import command, study_parser
+from study_training import lessons_of
 
-from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.bench.picture import png_bytes
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.functional import VARIANTS
-from sbora_diffusion.diffusion.bases import Base, load_base
-from sbora_diffusion.diffusion.concepts import Subject, read_subject
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.group_training import GroupTraining
-from sbora_diffusion.diffusion.lesson import Lesson
-from sbora_diffusion.evaluation.features import LOCAL
 from sbora_diffusion.records import run_of
 
 WHAT = (
@@ -62,8 +60,7 @@ def snapshots(
     base: Base, subjects: Sequence[Subject], config: TrainConfig, at: Sequence[int]
 ) -> dict[int, list[Concept]]:
     """Steps → a concept of each subject, all trained in one batch."""
-    lessons = [Lesson(base, s, config, slot * config.rank) for slot, s in enumerate(subjects)]
-    training = GroupTraining(base, lessons)
+    training = GroupTraining(base, lessons_of(base, subjects, config))
     try:
         return {done.step: training.concepts() for done in training.steps() if done.step in set(at)}
     finally:
@@ -71,11 +68,8 @@ def snapshots(
 
 
 def run(args: argparse.Namespace) -> None:
-    judge = f"{LOCAL}{args.judge}" if Path(args.judge).is_dir() else args.judge
-    base = load_base(args.base, args.device)
-    subjects = [read_subject(args.concepts / name) for name in args.subjects]
-    how = Drawing(args.num, args.seed, args.steps, args.guidance)
-    measures = Measures(base, load_judges(judge, args.device), subjects, how)
+    measures = measures_of(args)
+    base, subjects = measures.base, measures.subjects
     found = scenes(base, subjects, args.timesteps, args.seed)
     args.files.mkdir(parents=True, exist_ok=True)
     if args.part == 1:

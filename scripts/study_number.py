@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosstalk_study.measures import Drawing
+from crosstalk_study.measures import measures_of
 from merging_study.plan import part_of
 from number_study.measures import Divisible, Trained, alone, curve
 from number_study.plan import (
@@ -37,16 +37,14 @@ from number_study.plots import number_picture
 from number_study.report import CLASS_WORD, line, record_of
 from study_options import command, study_parser
 
-from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.bench.picture import png_bytes
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.diffusion.baselines.low_rank import Down, LowRankTraining
-from sbora_diffusion.diffusion.bases import Base, load_base
-from sbora_diffusion.diffusion.concepts import Subject, read_subject
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.group_training import GroupTraining
 from sbora_diffusion.diffusion.lesson import Lesson
-from sbora_diffusion.evaluation.features import LOCAL
 from sbora_diffusion.records import run_of
 
 BEGAN = time.monotonic()
@@ -59,12 +57,7 @@ def say(text: str) -> None:
 def run(args: argparse.Namespace) -> None:
     if max(args.counts) > len(args.subjects):
         raise SystemExit(f"{max(args.counts)} concepts of {len(args.subjects)} subjects")
-    judge = args.judge
-    judges = load_judges(f"{LOCAL}{judge}" if Path(judge).is_dir() else judge, args.device)
-    base = load_base(args.base, args.device)
-    subjects = [read_subject(args.concepts / name) for name in args.subjects]
-    how = Drawing(args.num, args.seed, args.steps, args.guidance)
-    measures = Divisible(base, judges, subjects, how)
+    measures = measures_of(args, Divisible)
     args.files.mkdir(parents=True, exist_ok=True)
     if args.part == 1:
         began = time.monotonic()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosstalk_study.measures import Drawing
+from crosstalk_study.measures import measures_of
 from crosstalk_study.plan import SUBJECTS
 from merging_study.plan import part_of
 from number_study.measures import Divisible
@@ -25,17 +25,14 @@ from prediction_study.measuring import Merges
 from prediction_study.plan import RULE_SEED, SETS, TRAINING, drawn_sets
 from prediction_study.report import line, record_of
 from study_options import command, study_parser
+from study_training import train
 
-from sbora_diffusion.alignment import load_judges
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.core.concept import Concept, read_concept
-from sbora_diffusion.diffusion.bases import Base, load_base
-from sbora_diffusion.diffusion.concepts import Subject, read_subject
+from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.group_training import GroupTraining
-from sbora_diffusion.diffusion.lesson import Lesson
 from sbora_diffusion.diffusion.moments import CalibrateConfig
-from sbora_diffusion.evaluation.features import LOCAL
 from sbora_diffusion.records import run_of
 
 BEGAN = time.monotonic()
@@ -45,26 +42,10 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", flush=True)
 
 
-def train(base: Base, subjects: Sequence[Subject], config: TrainConfig) -> list[Concept]:
-    """A concept of each subject, all trained in one batch, in slots of their own."""
-    lessons = [Lesson(base, s, config, slot * config.rank) for slot, s in enumerate(subjects)]
-    training = GroupTraining(base, lessons)
-    try:
-        for _ in training.steps():
-            pass
-        return training.concepts()
-    finally:
-        training.close()
-
-
 def run(args: argparse.Namespace) -> None:
-    judge = f"{LOCAL}{args.judge}" if Path(args.judge).is_dir() else args.judge
-    base = load_base(args.base, args.device)
-    subjects = [read_subject(args.concepts / name) for name in args.subjects]
-    how = Drawing(args.num, args.seed, args.steps, args.guidance)
-    measures = Divisible(base, load_judges(judge, args.device), subjects, how)
+    measures = measures_of(args, Divisible)
     calibration = CalibrateConfig.model_validate(args.calibration)
-    training, concepts = _concepts(args, base, subjects)
+    training, concepts = _concepts(args, measures.base, measures.subjects)
     say(f"{len(concepts)} concepts are there")
     alone = measures.alone(concepts)
     merges, sets = Merges(measures, concepts, calibration), []

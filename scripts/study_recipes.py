@@ -20,6 +20,7 @@ from merging_study.plan import MIXED, part_of, threes
 from merging_study.statistics import mean_figure
 from recipe_study.plan import RECIPES, SUBJECTS
 from study_options import FIGURES, command, study_parser
+from study_training import train
 from torch import Tensor
 
 from sbora_diffusion.alignment import Judges, load_judges, score
@@ -28,8 +29,6 @@ from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.group_training import GroupTraining
-from sbora_diffusion.diffusion.lesson import Lesson
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.mixed import MixedSampler
 from sbora_diffusion.diffusion.pipeline import decode, draw_latents
@@ -41,18 +40,6 @@ from sbora_diffusion.records import run_of
 WHAT = "image and text alignment of recipes, minus those of the bare class word, on 16 subjects"
 AT_ONCE = 8
 """Subjects whose pictures are drawn in one batch."""
-
-
-def train(base: Base, subjects: list[Subject], config: TrainConfig) -> list[Concept]:
-    """A concept of each subject, all trained in one batch."""
-    lessons = [Lesson(base, s, config, slot * config.rank) for slot, s in enumerate(subjects)]
-    training = GroupTraining(base, lessons)
-    try:
-        for _ in training.steps():
-            pass
-        return training.concepts()
-    finally:
-        training.close()
 
 
 def drawn(

@@ -1,21 +1,24 @@
 """What pictures of concepts, alone and in one model, are worth."""
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from crosstalk_study.plan import UNRELATED
-from sbora_diffusion.alignment import Judges, References, score
+from sbora_diffusion.alignment import Judges, References, load_judges, score
 from sbora_diffusion.core.concept import Concept
-from sbora_diffusion.diffusion.bases import Base
-from sbora_diffusion.diffusion.concepts import Subject
+from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.concepts import Subject, read_subject
 from sbora_diffusion.diffusion.mixed import MixedSampler
 from sbora_diffusion.diffusion.pipeline import decode, draw_latents, sample
 from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluate import PROMPTS, read_pictures
+from sbora_diffusion.evaluation.features import LOCAL
 
 AT_ONCE = 160
 """Pictures that are drawn in one batch."""
@@ -122,6 +125,18 @@ class Measures:
     def text_of_unrelated(self, pictures: Sequence[Image.Image]) -> float:
         """Text alignment of pictures that `unrelated` drew."""
         return score(self.judges, pictures, list(UNRELATED)).means()["text_alignment"]
+
+
+M = TypeVar("M", bound=Measures)
+
+
+def measures_of(args: argparse.Namespace, kind: type[M] = Measures) -> M:
+    """Base, judges and subjects as a study's options name them, see `study_parser`."""
+    judge = f"{LOCAL}{args.judge}" if Path(args.judge).is_dir() else args.judge
+    subjects = [read_subject(args.concepts / name) for name in args.subjects]
+    how = Drawing(args.num, args.seed, args.steps, args.guidance)
+    base = load_base(args.base, args.device)
+    return kind(base, load_judges(judge, args.device), subjects, how)
 
 
 def _noun(subject: Subject) -> str:
