@@ -35,7 +35,7 @@ from sbora_diffusion.pictures import save_png
 DEMO = ("baseballcap", "plushbear")
 SCENES = ("on the beach", "in the forest")
 TOGETHER = ("a photo of {} next to {} on the beach", "a photo of {} next to {} in space")
-STEPS = 150  # of the default 400: enough to recognise both, in minutes on two cores
+STEPS = 80  # of the default 400: enough to recognise both, in minutes on two cores
 SEED = 1
 BASE, ALONE, MERGED = "base", "alone", "merged"
 

@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from merging_study.plan import part_of
+from recipe_study.plan import PLAIN
 from study_options import FIGURES, command, study_parser
 
 from sbora_diffusion.alignment import Judges, load_judges, score
@@ -87,7 +88,9 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, seed, form in part_of(trainings, args.part, args.parts):
         subject = read_subject(args.concepts / name)
-        concept, folded = train(low, form, subject, TrainConfig(**args.settings, seed=seed))
+        concept, folded = train(
+            low, form, subject, TrainConfig(**{**PLAIN, **args.settings, "seed": seed})
+        )
         figures = judged(full, judges, subject, concept, args)
         rows.append({"concept": name, "seed": seed, "form": form, "folded": folded, **figures})
         print(f"{name} {form}, seed {seed}", flush=True)

@@ -22,7 +22,7 @@ from crosstalk_study.plan import SUBJECTS
 from merging_study.plan import part_of
 from number_study.measures import Divisible
 from prediction_study.measuring import Merges
-from prediction_study.plan import RULE_SEED, SETS, TRAINING, drawn_sets
+from prediction_study.plan import RULE_SEED, SETS, drawn_sets
 from prediction_study.report import line, record_of
 from study_options import command, study_parser
 from study_training import train
@@ -76,7 +76,7 @@ def _concepts(
         names = [subject.settings.name for subject in subjects]
         files = [args.concept_files / f"{name}.safetensors" for name in names]
         return None, [read_concept(file) for file in files]
-    config = TrainConfig(**{**TRAINING, **args.settings})
+    config = TrainConfig(**args.settings)
     return config.model_dump(mode="json"), train(base, subjects, config)
 
 

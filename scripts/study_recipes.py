@@ -18,7 +18,7 @@ from typing import Any
 
 from merging_study.plan import MIXED, part_of, threes
 from merging_study.statistics import mean_figure
-from recipe_study.plan import RECIPES, SUBJECTS
+from recipe_study.plan import PLAIN, RECIPES, SUBJECTS
 from study_options import FIGURES, command, study_parser
 from study_training import train
 from torch import Tensor
@@ -144,7 +144,7 @@ def report(args: argparse.Namespace) -> None:
     record = {
         "what": WHAT,
         **runs,
-        "default": TrainConfig().model_dump(mode="json"),
+        "default": TrainConfig(**PLAIN).model_dump(mode="json"),
         "subjects": list(bound["each"]),
         "class_word": {k: mean_figure([e[k] for e in bound["each"].values()]) for k in FIGURES},
         "recipes": [

@@ -261,10 +261,10 @@ def test_snapshots_are_what_trainings_of_so_many_steps_end_with(pocket):
         assert not torch.equal(early.layers[name].factor, late.layers[name].factor)
 
 
-def test_rates_are_multiples_of_the_defaults_and_constant():
-    found, default = TrainConfig(**plan.settings("fb", 0.5, 300)), TrainConfig()
-    assert found.rate_unet == default.rate_unet / 2
-    assert found.rate_text_encoder == default.rate_text_encoder / 2
+def test_rates_are_multiples_of_the_plain_recipes_and_constant():
+    found, plain = TrainConfig(**plan.settings("fb", 0.5, 300)), TrainConfig(**plan.PLAIN)
+    assert found.rate_unet == plain.rate_unet / 2
+    assert found.rate_text_encoder == plain.rate_text_encoder / 2
     assert (found.schedule, found.preservation, found.variant) == ("constant", 0.0, "fb")
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from sbora_diffusion.core.prediction import ADDED, CALIBRATED
-from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.moments import CalibrateConfig
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 
@@ -37,10 +36,6 @@ def test_random_sets_have_the_plans_sizes_and_follow_from_their_seed():
 
 def test_sets_of_few_concepts_are_no_larger_than_these():
     assert plan.drawn_sets(["a", "b"], 3) == [("a", "b")] * 3
-
-
-def test_the_recipe_is_one_that_training_knows():
-    assert TrainConfig(**plan.TRAINING).preservation == 1
 
 
 # Statistics

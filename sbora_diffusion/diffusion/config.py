@@ -19,11 +19,11 @@ class TrainConfig(BaseModel):
     targets: Targets = Field("all", description="which attention layers are adapted")
     allocation_seed: int = Field(0, ge=0, description="same for all concepts that shall merge")
     steps: int = Field(400, ge=1, le=1_000_000)
-    batch_size: int = Field(4, ge=1, le=1024)
+    batch_size: int = Field(8, ge=1, le=1024)
     gradient_accumulation: int = Field(1, ge=1, le=1024)
     rate_tokens: float = Field(1e-2, ge=0, description="learning rate of the placeholder")
-    rate_text_encoder: float = Field(5e-4, ge=0)
-    rate_unet: float = Field(8e-4, ge=0)
+    rate_text_encoder: float = Field(2e-3, ge=0)
+    rate_unet: float = Field(3e-3, ge=0)
     warmup_steps: int = Field(10, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)
@@ -40,7 +40,7 @@ class TrainConfig(BaseModel):
     prior_weight: float = Field(0.0, ge=0, description="loss on pictures of the bare class noun")
     prior_images: int = Field(16, ge=1, le=10_000)
     preservation: float = Field(
-        0.0, ge=0, description="loss that keeps generic prompts as the frozen base draws them"
+        1.0, ge=0, description="loss that keeps generic prompts as the frozen base draws them"
     )
     preservation_rows: int = Field(1, ge=1, le=1024, description="generic rows beside each batch")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from recipe_study.plan import PLAIN
 from recipe_study.plan import SUBJECTS as HELD_OUT
 
 from sbora_diffusion.diffusion.moments import CalibrateConfig
@@ -54,33 +55,36 @@ def layer_group(name: str) -> str:
 
 
 LOUD = {"rate_unet": 3e-3, "rate_text_encoder": 2e-3}
-KEPT = {**LOUD, "preservation": 1.0}
+KEPT = {**PLAIN, **LOUD, "preservation": 1.0}
 FB = {"variant": "fb", "rate_unet": 2e-3}
 SHORTER = {**KEPT, "steps": 400, "vectors": 8, "batch_size": 8}
+WHITE = {**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 1e-2)}
+TOKEN = {**PLAIN, **dict.fromkeys(LOUD, 0.0)}
 LONG = {**KEPT, "steps": 600, "vectors": 8, "batch_size": 8}
 
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(),
-    "fb": Recipe({"variant": "fb", "rate_unet": 5e-4}),
-    "loud": Recipe(LOUD),
-    "loud, batch 8": Recipe({**LOUD, "batch_size": 8}),
+    "plain": Recipe(PLAIN),
+    "fb": Recipe({**PLAIN, "variant": "fb", "rate_unet": 5e-4}),
+    "loud": Recipe({**PLAIN, **LOUD}),
+    "loud, batch 8": Recipe({**PLAIN, **LOUD, "batch_size": 8}),
     "preserved": Recipe(KEPT),
     "preserved, 2 rows": Recipe({**KEPT, "preservation_rows": 2}),
     "preserved, weight 3": Recipe({**KEPT, "preservation": 3.0}),
     "preserved, weight 10": Recipe({**KEPT, "preservation": 10.0}),
     "preserved, batch 8": Recipe({**KEPT, "batch_size": 8}),
+    "preserved, batch 8, decay": Recipe({**KEPT, "batch_size": 8, "weight_decay": 1.0}),
     "preserved, fb": Recipe({**KEPT, **FB}),
     "preserved, text encoder": Recipe(KEPT, (TEXT,)),
     "preserved, keys and values": Recipe(KEPT, (KEYS_VALUES,)),
     "preserved, cross-attention": Recipe(KEPT, (KEYS_VALUES, QUERIES_OUT)),
     "preserved, text and keys and values": Recipe(KEPT, (TEXT, KEYS_VALUES)),
-    "white, fb": Recipe({"variant": "fb", **dict.fromkeys(LOUD, 3e-3)}, white=1e-2),
-    "white, fb, louder": Recipe({"variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, white=1e-3),
-    "white, fa": Recipe(dict.fromkeys(LOUD, 3e-3), white=1e-2),
-    "white, fb, keys and values": Recipe(
-        {"variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, (KEYS_VALUES,), white=1e-3
+    "white, fb": Recipe({**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 3e-3)}, white=1e-2),
+    "white, fb, louder": Recipe(
+        {**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, white=1e-3
     ),
-    "loud, batch 8, 8 vectors": Recipe({**LOUD, "batch_size": 8, "vectors": 8}),
+    "white, fa": Recipe({**PLAIN, **dict.fromkeys(LOUD, 3e-3)}, white=1e-2),
+    "white, fb, keys and values": Recipe(WHITE, (KEYS_VALUES,), white=1e-3),
+    "loud, batch 8, 8 vectors": Recipe({**PLAIN, **LOUD, "batch_size": 8, "vectors": 8}),
     "preserved, weight 3, batch 8": Recipe({**KEPT, "preservation": 3.0, "batch_size": 8}),
     "loud, token first, 8 vectors": Recipe({**SHORTER, "preservation": 0.0}, alone=200),
     "token first, 8 vectors, weight 3": Recipe({**SHORTER, "preservation": 3.0}, alone=200),
@@ -91,14 +95,13 @@ RECIPES: dict[str, Recipe] = {
     "token first, long": Recipe(LONG, alone=300),
     "token first, long, fb": Recipe({**LONG, **FB}, alone=300),
     "token first, long, weight 3": Recipe({**LONG, "preservation": 3.0}, alone=300),
-    "token only": Recipe({"rate_unet": 0.0, "rate_text_encoder": 0.0}),
-    "token only, long": Recipe(
-        {"rate_unet": 0.0, "rate_text_encoder": 0.0, "vectors": 8, "batch_size": 8}
-    ),
-    "quiet": Recipe({"rate_unet": 4e-4}),
+    "token only": Recipe(TOKEN),
+    "token only, long": Recipe({**TOKEN, "vectors": 8, "batch_size": 8}),
+    "token only, 16 vectors": Recipe({**TOKEN, "vectors": 16, "batch_size": 8}),
+    "quiet": Recipe({**PLAIN, "rate_unet": 4e-4}),
 }
 """Name → how all subjects are trained."""
-PLAIN = ("default", "fb", "loud", "loud, batch 8", "loud, batch 8, 8 vectors", "quiet",
+NO_REMEDY = ("plain", "fb", "loud", "loud, batch 8", "loud, batch 8, 8 vectors", "quiet",
          "loud, token first, 8 vectors")  # fmt: skip
 """Those that have no remedy against crosstalk in them."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from merging_study.statistics import mean_figure
 from study_options import FIGURES
 
-from crosstalk_study.plan import MERGES, PLAIN, RECIPES, SEEDS
+from crosstalk_study.plan import MERGES, NO_REMEDY, RECIPES, SEEDS
 
 WHAT = "alignment of concepts alone and in one model, by training recipe and way of merging"
 CLASS_WORD = "class word"
@@ -31,7 +31,7 @@ def record_of(bound: Found, files: Sequence[Found]) -> dict[str, Any]:
     by_recipe = {name: [f for f in files if f["recipe"] == name] for name in RECIPES}
     runs = {name: found for name, found in by_recipe.items() if _complete(found)}
     alone = {name: _alone(found) for name, found in runs.items()}
-    best = max((name for name in PLAIN if name in alone), key=lambda name: _worth(alone[name]))
+    best = max((name for name in NO_REMEDY if name in alone), key=lambda name: _worth(alone[name]))
     return {
         "what": WHAT,
         **{key: bound["run"][key] for key in ("date", "commit", "device", "versions")},

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from crosstalk_study.plan import EVERY
+from recipe_study.plan import PLAIN
 from torch import Tensor
 
 from sbora_diffusion.diffusion.config import TrainConfig
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the default's rates of UNet and text encoder."""
+"""Of the plain recipe's rates of UNet and text encoder."""
 SNAPSHOTS = (75, 150, 300, 600)
 """Steps of one training after which it is measured."""
 ANALYSED = 300
@@ -26,14 +27,14 @@ OTHERS = (ALL, *EVERY)
 def settings(variant: str, rate: float, steps: int) -> dict[str, Any]:
     """A recipe without any remedy whose rates stay constant, so that a training's step k is what a
     training of k steps ends with."""
-    default = TrainConfig()
+    plain = TrainConfig(**PLAIN)
     return {
+        **PLAIN,
         "variant": variant,
-        "rate_unet": rate * default.rate_unet,
-        "rate_text_encoder": rate * default.rate_text_encoder,
+        "rate_unet": rate * plain.rate_unet,
+        "rate_text_encoder": rate * plain.rate_text_encoder,
         "steps": steps,
         "schedule": "constant",
-        "preservation": 0.0,
     }
 
 

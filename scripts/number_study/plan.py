@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crosstalk_study.plan import KEPT, RECIPES, Merge
+from crosstalk_study.plan import RECIPES, Merge
+from recipe_study.plan import PLAIN
 from recipe_study.plan import SUBJECTS as HELD_OUT
 
 SUBJECTS = (
@@ -24,8 +25,8 @@ RANK = 4
 
 Kind = Literal["sbora", "lora", "orthogonal"]
 
-WINNER = KEPT
-PEER_RATES = {"rate_unet": 3e-3, "rate_text_encoder": 5e-4}
+WINNER: Mapping[str, Any] = {}
+PEER_RATES = {**PLAIN, "rate_unet": 3e-3, "rate_text_encoder": 5e-4}
 """Of LoRA at rank 4: the best sum of text and image alignment, of three, in results/pairs.json
 (`learning_rates`; 300 steps then, and a cosine)."""
 
@@ -60,7 +61,7 @@ def trainings(
         "winner": Training(
             "sbora", winner, {"winner": Merge(calibration=calibration)}, "calibrated merge"
         ),
-        "plain FA": Training("sbora", {}, {"plain FA": Merge()}, "the default recipe"),
+        "plain FA": Training("sbora", PLAIN, {"plain FA": Merge()}, "no remedy"),
         "plain FB": Training(
             "sbora", RECIPES["fb"].changes, {"plain FB": Merge()}, "rows in place of columns"
         ),

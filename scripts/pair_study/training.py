@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipe_study.plan import PLAIN
+
 from pair_study.lora import Lora, LoraTraining, read_lora, write_lora
 from sbora_diffusion.core.concept import Concept, read_concept
 from sbora_diffusion.diffusion.bases import Base
@@ -79,7 +81,8 @@ def trained_lora(base: Base, subject: Subject, config: TrainConfig) -> tuple[Lor
 def lora_config(
     rank: int, rate_unet: float, rate_text_encoder: float | None = None, steps: int | None = None
 ) -> TrainConfig:
-    """SBoRA's default recipe with a LoRA's own rank and learning rates."""
+    """SBoRA's plain recipe with a LoRA's own rank and learning rates."""
     rate_text_encoder = rate_unet * TEXT_SHARE if rate_text_encoder is None else rate_text_encoder
-    config = TrainConfig(rank=rank, rate_unet=rate_unet, rate_text_encoder=rate_text_encoder)
+    rates = {"rate_unet": rate_unet, "rate_text_encoder": rate_text_encoder}
+    config = TrainConfig(**{**PLAIN, **rates, "rank": rank})
     return config if steps is None else config.model_copy(update={"steps": steps})
