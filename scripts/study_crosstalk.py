@@ -42,7 +42,8 @@ def train(
     base: Base, subjects: Sequence[Subject], recipe: Recipe, config: TrainConfig
 ) -> list[Concept]:
     """A concept of each subject, all trained in one batch."""
-    generic = generic_moments(base, CalibrateConfig(), lambda _: None) if recipe.white else {}
+    needed = recipe.white is not None or recipe.quiet
+    generic = generic_moments(base, CalibrateConfig(), lambda _: None) if needed else {}
     return finished(Remedied(base, lessons_of(base, subjects, config), recipe, generic))
 
 

@@ -16,7 +16,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.training import ConceptTraining
 
 CONCEPTS = Path(__file__).parent.parent / "concepts"
-TINY = TrainConfig(steps=2, copies=1, batch_size=1, resolution=64)
+TINY = TrainConfig(steps=2, copies=1, batch_size=1, resolution=64, preservation=0.0)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,10 @@ from sbora_diffusion.core.schema import Concept
 from sbora_diffusion.diffusion import bases
 from tests.conftest import CONCEPTS
 
-TINY = ("-s", "copies=1", "-s", "batch_size=1", "-s", "resolution=64", "--steps", "1")
+TINY = (
+    "-s", "copies=1", "-s", "batch_size=1", "-s", "resolution=64", "-s", "preservation=0",
+    "--steps", "1",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

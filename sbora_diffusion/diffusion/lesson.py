@@ -88,18 +88,16 @@ class Lesson:
     """
 
     def __init__(self, base: Base, subject: Subject, config: TrainConfig, start: int):
-        _refuse_other_size(base, config)
         self.base, self.subject, self.config, self.start = base, subject, config, start
         self.fingerprint = base.fingerprint
-        self.examples = load_examples(
-            subject, config.resolution or base.resolution, config.copies, config.flip, config.seed
-        )
+        size = config.resolution or base.resolution
+        self.examples = load_examples(subject, size, config.copies, config.flip, config.seed)
         self.initial = initial_vectors(base, subject.settings.class_noun, config.vectors)
         self.layers = target_layers(base.pipeline, config.targets)
         self.widths = {n: layer_width(layer, config.variant) for n, layer in self.layers.items()}
         check_capacity(self.widths, start, start + config.rank)
         self.prior = self._prior_examples() if config.prior_weight else []
-        self.preserved = preserved_examples(base) if config.preservation else None
+        self.preserved = preserved_examples(base, size) if config.preservation else None
 
     def streams(self) -> list[Stream | Mindful]:
         """The subject's own batches and, where the recipe asks for them, those of its class; all
@@ -151,16 +149,6 @@ class Lesson:
             class_noun=settings.class_noun,
             tokens=(TokenMeta(token=settings.token, initializer=settings.class_noun),),
             training=config.model_dump(mode="json"),
-        )
-
-
-def _refuse_other_size(base: Base, config: TrainConfig) -> None:
-    """Generic examples stand in one batch with the subject's, and have the base's own size."""
-    size = config.resolution or base.resolution
-    if config.preservation and size != base.resolution:
-        raise ConfigError(
-            f"preservation needs the base's own resolution, {base.resolution}, got {size}",
-            "leave out `resolution`, or set preservation=0",
         )
 
 

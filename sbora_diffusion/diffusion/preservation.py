@@ -22,7 +22,7 @@ PICTURES, NOISED, STEPS = 16, 6, 10
 SEED = 0
 """The same examples for every concept of a base, whatever its own seed."""
 
-_KNOWN: WeakKeyDictionary[Base, "Preserved"] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Base, dict[int, "Preserved"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,25 +44,28 @@ class Preserved:
         return chosen, [self.captions[row] for row in rows.tolist()]
 
 
-def preserved_examples(base: Base) -> Preserved:
-    """The examples of a base; drawn once for each base that is loaded.
+def preserved_examples(base: Base, size: int) -> Preserved:
+    """The examples of a base; drawn once for each base that is loaded, and each size.
 
     Args:
         base: unadapted, nothing folded into it.
+        size: height and width in pixels, those of the subject's pictures: they share a batch.
     """
-    if base not in _KNOWN:
-        _KNOWN[base] = _made(base)
-    return _KNOWN[base]
+    known = _KNOWN.setdefault(base, {})
+    if size not in known:
+        known[size] = _made(base, size)
+    return known[size]
 
 
-def _made(base: Base) -> Preserved:
+def _made(base: Base, size: int) -> Preserved:
     prompts = generic_prompts(PICTURES, SEED)
     objective = Objective(base.pipeline.scheduler.config, 0.0, None)
     generator = Generator().manual_seed(SEED)
     parts, captions = [], []
     for start in range(0, PICTURES, AT_ONCE):
         some = prompts[start : start + AT_ONCE]
-        latents = draw_latents(base, some, range(start, start + len(some)), STEPS).cpu()
+        seeds = range(start, start + len(some))
+        latents = draw_latents(base, some, seeds, STEPS, size=(size, size)).cpu()
         for _ in range(NOISED):
             parts.append(_explained(base, objective, objective.draw(latents, generator), some))
             captions += some

@@ -32,12 +32,15 @@ class Recipe:
         white: whether factors are trained in coordinates that generic inputs fill evenly, and how
             much of the mean energy is added to each coordinate's.
         alone: steps in which the placeholder trains alone, before the factors.
+        quiet: whether FA concepts own the inputs that generic prompts excite least, rather than
+            those of their slots.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     white: float | None = None
     alone: int = 0
+    quiet: bool = False
 
 
 EVERY = TEXT, KEYS_VALUES, QUERIES_OUT, SELF = (
@@ -72,6 +75,7 @@ RECIPES: dict[str, Recipe] = {
     "preserved, weight 3": Recipe({**KEPT, "preservation": 3.0}),
     "preserved, weight 10": Recipe({**KEPT, "preservation": 10.0}),
     "preserved, batch 8": Recipe({**KEPT, "batch_size": 8}),
+    "preserved, batch 8, quiet columns": Recipe({**KEPT, "batch_size": 8}, quiet=True),
     "preserved, batch 8, decay": Recipe({**KEPT, "batch_size": 8, "weight_decay": 1.0}),
     "preserved, fb": Recipe({**KEPT, **FB}),
     "preserved, text encoder": Recipe(KEPT, (TEXT,)),

@@ -4,9 +4,13 @@ Whitened factors: with C the second moment of a layer's inputs on generic prompt
 its mean energy, the factor is Z S with S = (ε (C + ε)⁻¹)^½, and Z is trained. A step of the
 optimizer then moves the factor little where generic inputs are loud: a soft form of keeping it in
 their null space. FB's S is (in, in); FA has one of its own r columns.
+
+Quiet columns: of an FA layer's inputs in the order of their generic energy, n concepts of rank r
+share the first n · r, each every n-th of them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +28,7 @@ class Remedied(GroupTraining):
 
     Args:
         generic: canonical name → second moment (in, in) on generic prompts; read where the recipe
-            is white.
+            is white or quiet.
     """
 
     def __init__(
@@ -48,6 +52,12 @@ class Remedied(GroupTraining):
                 name: whitening(bank, self._generic[name].to(bank.factor), self._recipe.white)
                 for name, bank in self.banks.items()
             }
+
+    def _bank(self, name: str, layer: nn.Linear) -> Bank:
+        bank = super()._bank(name, layer)
+        if not self._recipe.quiet:
+            return bank
+        return replace(bank, indices=quietest(self._generic[name].to(bank.scale), bank.indices))
 
     def _factors(self, component: str) -> list[nn.Parameter]:
         return [
@@ -77,6 +87,13 @@ class Remedied(GroupTraining):
     def _layers(self, entry: int, lesson: Lesson) -> dict[str, LayerFactor]:
         self._compose()
         return super()._layers(entry, lesson)
+
+
+def quietest(moment: Tensor, indices: Tensor) -> Tensor:
+    """(C, r): C · r inputs of the least energy in the place of an FA bank's own indices."""
+    count, rank = indices.shape
+    order = moment.diagonal().argsort(stable=True)[: count * rank]
+    return order.view(rank, count).mT.sort(dim=1).values.contiguous()
 
 
 def whitening(bank: Bank, moment: Tensor, share: float) -> Tensor:

@@ -79,7 +79,7 @@ def group(base, k, **settings):
 
 def recipe(settings) -> TrainConfig:
     quick = {"steps": 2, "batch_size": 1, "copies": 1, "resolution": 32, "warmup_steps": 0}
-    return TrainConfig(**quick | settings)
+    return TrainConfig(**quick | {"preservation": 0.0} | settings)
 
 
 def losses(training):

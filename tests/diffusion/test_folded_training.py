@@ -28,7 +28,7 @@ def original(pocket):
 @contextmanager
 def opened(pocket, **settings):
     defaults = {"batch_size": 1, "copies": 1, "warmup_steps": 0, "resolution": 32}
-    config = TrainConfig(**(defaults | {"schedule": "constant"} | settings))
+    config = TrainConfig(**(defaults | {"schedule": "constant", "preservation": 0.0} | settings))
     training = ConceptTraining(pocket, read_subject(CONCEPTS / "plushbear"), config, 0)
     try:
         yield training

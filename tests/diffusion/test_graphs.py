@@ -28,6 +28,7 @@ from tests.diffusion.thin_pocket import thin_pocket
 CPU = torch.device("cpu")
 QUICK = {
     "steps": 3, "batch_size": 1, "copies": 1, "resolution": 32, "warmup_steps": 0, "seed": 3,
+    "preservation": 0.0,
 }  # fmt: skip
 SMALL = {"steps": 2, "guidance": 3.0, "negative_prompt": "", "size": (32, 32)}
 

@@ -15,7 +15,10 @@ from sbora_diffusion.diffusion.training import ConceptTraining
 from tests.diffusion.helpers import CONCEPTS, assert_untouched, snapshot
 
 NAMES = ("toytrain", "baseballcap", "plushbear")  # not in the order of their tokens
-QUICK = {"steps": 5, "batch_size": 2, "copies": 1, "resolution": 32, "warmup_steps": 2}
+QUICK = {
+    "steps": 5, "batch_size": 2, "copies": 1, "resolution": 32, "warmup_steps": 2,
+    "preservation": 0.0,
+}  # fmt: skip
 
 
 def subjects():

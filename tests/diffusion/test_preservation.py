@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.generic import PLACES, generic_prompts
@@ -19,7 +18,7 @@ ROWS = 24
 
 @pytest.fixture(scope="module")
 def preserved(pocket) -> Preserved:
-    return preserved_examples(pocket)
+    return preserved_examples(pocket, pocket.resolution)
 
 
 @torch.no_grad()
@@ -36,6 +35,7 @@ def mean_error(pocket, preserved: Preserved) -> float:
 
 def trained(pocket, **settings):
     recipe = {"steps": 12, "warmup_steps": 0, "rate_unet": 1e-2, "batch_size": 2, "copies": 2}
+    settings = {"preservation": 0.0} | settings
     training = ConceptTraining(
         pocket, read_subject(CONCEPTS / "plushbear"), TrainConfig(**recipe | settings), 0
     )
@@ -73,7 +73,7 @@ def test_an_explained_prediction_is_the_target_of_the_same_noised_latents(predic
 def test_the_bare_base_is_right_on_every_example(pocket, preserved):
     assert len(preserved.captions) == len(preserved.examples.latents) >= ROWS
     assert mean_error(pocket, preserved) < 1e-8
-    assert preserved_examples(pocket) is preserved
+    assert preserved_examples(pocket, pocket.resolution) is preserved
 
 
 def test_a_concept_that_learns_them_leaves_generic_prompts_nearer_to_the_base(pocket, preserved):
@@ -93,7 +93,7 @@ def test_the_loss_is_the_sum_of_both_means(pocket, preserved):
         training = ConceptTraining(
             pocket,
             read_subject(CONCEPTS / "plushbear"),
-            TrainConfig(steps=1, batch_size=2, copies=1, **settings),
+            TrainConfig(steps=1, batch_size=2, copies=1, **{"preservation": 0.0} | settings),
             0,
         )
         try:
@@ -113,8 +113,15 @@ def test_generic_prompts_are_the_same_for_a_seed_and_not_those_of_the_evaluation
     assert not any(place and place in prompt for place in PLACES for prompt in PROMPTS)
 
 
-def test_another_resolution_than_the_bases_is_refused_before_anything_is_drawn(pocket):
-    subject = read_subject(CONCEPTS / "plushbear")
-    config = TrainConfig(preservation=1.0, resolution=pocket.resolution // 2)
-    with pytest.raises(ConfigError, match=rf"own resolution, {pocket.resolution}, got"):
-        ConceptTraining(pocket, subject, config, start=0)
+def test_pictures_of_another_resolution_get_generic_examples_of_theirs(pocket):
+    size = pocket.resolution // 2
+    settings = {"steps": 1, "batch_size": 1, "copies": 1, "preservation": 1.0, "resolution": size}
+    training = ConceptTraining(
+        pocket, read_subject(CONCEPTS / "plushbear"), TrainConfig(**settings), start=0
+    )
+    try:
+        assert next(training.steps()).loss > 0
+    finally:
+        training.close()
+    small, own = (preserved_examples(pocket, s).examples.latents.shape for s in (size, 2 * size))
+    assert own[2:] == (2 * small[2], 2 * small[3])

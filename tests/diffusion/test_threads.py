@@ -17,7 +17,7 @@ from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.training import ConceptTraining
 torch.set_num_threads(2)
-config = TrainConfig(steps=12, batch_size=4, copies=2, resolution=64)
+config = TrainConfig(steps=12, batch_size=4, copies=2, resolution=64, preservation=0.0)
 training = ConceptTraining(load_base("pocket", "cpu"), read_subject(Path(sys.argv[1])), config, 0)
 list(training.steps())
 print(sealed(training.concept()).meta.digest)

@@ -27,7 +27,8 @@ def original(pocket):
 
 
 def open_training(pocket, start: int = 0, **settings) -> ConceptTraining:
-    config = {"steps": 1, "batch_size": 1, "copies": 1, "warmup_steps": 0} | settings
+    quick = {"steps": 1, "batch_size": 1, "copies": 1, "warmup_steps": 0, "preservation": 0.0}
+    config = quick | settings
     return ConceptTraining(
         pocket, read_subject(CONCEPTS / "plushbear"), TrainConfig(**config), start
     )
