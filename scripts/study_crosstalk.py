@@ -118,9 +118,11 @@ def report(args: argparse.Namespace) -> None:
     bound = files.pop(CLASS_WORD.replace(" ", "_"))
     record = record_of(bound, list(files.values()))
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    args.page.write_text(
-        with_tables(args.page.read_text(encoding="utf-8"), tables(record)), encoding="utf-8"
-    )
+    found = tables(record)
+    if args.merges_as:
+        found = {args.merges_as: found["merges"]}
+    page = with_tables(args.page.read_text(encoding="utf-8"), found)
+    args.page.write_text(page, encoding="utf-8")
     for row in record["recipes"]:
         print(_line(row), flush=True)
 
@@ -141,6 +143,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--num", type=int, default=2, help="pictures for each prompt")
     parser.add_argument("--page", type=Path, default=Path("docs/crosstalk.md"))
+    parser.add_argument(
+        "--merges-as", metavar="TABLE", help="of the page; nothing but the ways of merging"
+    )
     return parser.parse_args()
 
 

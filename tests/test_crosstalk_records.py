@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sbora_diffusion.core.prediction import ADDED, CALIBRATED
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.prediction_report import LOSSES, Loss
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
 page = importlib.import_module("crosstalk_study.page")
@@ -32,7 +36,7 @@ def committed() -> set[str]:
 def test_crosstalk_was_judged_on_subjects_that_are_not_committed_with_three_seeds(crosstalk):
     assert len(crosstalk["subjects"]) == 14 and not committed() & set(crosstalk["subjects"])
     for row in crosstalk["recipes"]:
-        assert len(row["seeds"]) == 3 and {"added", "calibrated"} <= set(row["merged"])
+        assert len(row["seeds"]) == 3 and "calibrated" in row["merged"]
         for way in row["merged"].values():
             assert way["seeds"] == row["seeds"]
             for name, figure in way["change"].items():
@@ -40,9 +44,24 @@ def test_crosstalk_was_judged_on_subjects_that_are_not_committed_with_three_seed
                 assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
 
 
+def test_the_default_of_training_is_the_recipe_that_the_page_calls_it(crosstalk):
+    chosen = next(row for row in crosstalk["recipes"] if row["recipe"] == page.WINNER)
+    assert TrainConfig(**chosen["changes"]) == TrainConfig()
+    assert {"added", "averaged", "calibrated, gain 1.1"} <= set(chosen["merged"])
+
+
+def test_the_recipe_was_checked_on_the_committed_concepts_with_three_seeds():
+    found = record("crosstalk_committed")
+    assert set(found["subjects"]) == committed()
+    for row in found["recipes"]:
+        assert len(row["seeds"]) == 3 and {"added", "calibrated, gain 1.1"} <= set(row["merged"])
+    assert {row["recipe"] for row in found["recipes"]} == {page.WINNER, "loud"}
+
+
 def test_the_tables_of_the_page_on_crosstalk_are_those_of_the_record(crosstalk):
     text = (ROOT / "docs" / "crosstalk.md").read_text(encoding="utf-8")
-    assert options.with_tables(text, page.tables(crosstalk)) == text
+    committed = {"committed": page.tables(record("crosstalk_committed"))["merges"]}
+    assert options.with_tables(text, page.tables(crosstalk) | committed) == text
     assert all(f"| {row['recipe']} |" in text for row in crosstalk["recipes"])
 
 
@@ -58,6 +77,16 @@ def test_the_curve_has_every_method_at_every_number_of_concepts():
     }  # fmt: skip
     for method in number["methods"]:
         assert [point["concepts"] for point in method["curve"]] == [1, 2, 4, 8, 14, 28, 40]
+
+
+def test_the_losses_that_a_check_predicts_are_those_of_the_record():
+    ways = record("prediction")["ways"]
+    assert set(ways) == set(LOSSES) == {CALIBRATED, ADDED}
+    for way, found in ways.items():
+        both = found["best"]["held_out_sets"]["image_alignment"]
+        line = [both[k]["value"] for k in ("slope", "intercept", "pearson")]
+        mean = found["loss"]["image_alignment"]["value"]
+        assert LOSSES[way] == Loss(found["best"]["predictor"], *line, mean)
 
 
 def test_diagnosis_has_both_variants_at_equal_rates():

@@ -76,12 +76,13 @@ def test_without_measured_losses_no_alignment_is_claimed():
 
 
 def test_a_measured_loss_is_shown_as_a_change_with_its_correlation(monkeypatch):
-    loss = Loss("energy", slope=0.1, intercept=-0.01, correlation=0.654)
+    loss = Loss("energy", slope=0.1, intercept=-0.01, correlation=0.654, mean=0.012)
     monkeypatch.setattr(prediction_report, "LOSSES", {CALIBRATED: loss})
     found = forecast([0.2, 0.5, 0.3], [0.9, 2.0, 1.5])
     assert prediction_columns()[3] == "image alignment, calibrated"
     assert [row[3] for row in prediction_rows(found)] == ["-0.010", "-0.040", "-0.020"]
-    assert "'energy', whose correlation with what random sets lost is 0.65" in verdict(found)[3]
+    assert "random sets on pocket lost 0.012 in the mean" in verdict(found)[3]
+    assert "from 'energy': 0.65 (results" in verdict(found)[3]
     document = prediction_document(found)
     changes = [one["image_alignment"] for one in document[CALIBRATED]["concepts"]]
     assert changes == pytest.approx([-0.01, -0.04, -0.02])
@@ -89,7 +90,7 @@ def test_a_measured_loss_is_shown_as_a_change_with_its_correlation(monkeypatch):
 
 
 def test_a_concept_that_does_nothing_has_no_figure_and_counts_for_none(monkeypatch):
-    monkeypatch.setattr(prediction_report, "LOSSES", {ADDED: Loss("rms", 0.1, 0.0, 0.5)})
+    monkeypatch.setattr(prediction_report, "LOSSES", {ADDED: Loss("rms", 0.1, 0.0, 0.5, 0.1)})
     found = forecast([0.2, math.nan, 0.4], [0.5, math.nan, 0.7])
     assert prediction_rows(found)[1][:5] == ["owl", "-", "-", "-", "-"]
     assert verdict(found)[1].startswith("added: 0.60 in the mean, 0.70 at worst (elk)")

@@ -174,7 +174,7 @@ def test_the_best_predictor_is_named_with_its_line_in_sets_it_was_not_chosen_on(
         assert both["intercept"]["value"] == pytest.approx(0.02, abs=1e-3)
         assert both["pearson"]["value"] == pytest.approx(1, abs=1e-3)
         assert f"{way}: good" in said
-    assert "Loss('good', 0.1, 0.02, 1.0)" in said
+    assert "Loss('good', 0.1, 0.02, 1.0, " in said
 
 
 def test_every_predictor_is_held_against_every_figure(joined):

@@ -1,7 +1,7 @@
 """A set of concepts folded into a model's layers, which changes by what comes and goes."""
 
 import math
-from collections import ChainMap, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
@@ -167,7 +167,9 @@ class FoldedSet:
         Those of one shape stand next to each other.
         """
         every = {share.footprint.layers for share in changed}
-        held = ChainMap(*self._blocks.values()) if self._blocks else {}
+        held: dict[str, Tensor] = {}
+        for blocks in self._blocks.values():
+            held |= blocks
         found: defaultdict[Any, defaultdict[torch.Size, list[str]]]
         found = defaultdict(lambda: defaultdict(list))
         weights = {}

@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
-from sbora_diffusion.evaluation.features import (
-    BATCH_SIZE,
-    BLANK,
-    batches_of,
-    ready,
-    silence,
-)
+from sbora_diffusion.evaluation.features import BATCH_SIZE, picture_features, ready, silence
 
 ARCHITECTURE = "vit_small_patch16_224.dino"
 FETCHED = "timm"
@@ -55,17 +48,11 @@ class DinoFeatures:
         network = _fetched() if weights == FETCHED else _read(_file(Path(weights)))
         return cls(ready(network, device), torch.device(device))
 
-    @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image], batch_size: int = BATCH_SIZE) -> Tensor:
         """N pictures → (N, 384)."""
-        if not pictures:
-            return self.images([BLANK])[:0]
-        batches = [
-            torch.stack([_input(picture) for picture in batch])
-            for batch in batches_of(pictures, batch_size)
-        ]
-        encoded = [self.network(b.to(self.device)).cpu() for b in batches]
-        return F.normalize(torch.cat(encoded).float(), dim=-1)
+        return picture_features(
+            pictures, _input, lambda batch: self.network(batch.to(self.device)), batch_size
+        )
 
 
 def _input(picture: Image.Image) -> Tensor:

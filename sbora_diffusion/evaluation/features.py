@@ -80,26 +80,22 @@ class ClipFeatures:
         network = ready(network, device)
         return cls(_name(model, pretrained), network, preprocess, tokenizer, torch.device(device))
 
-    @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image], batch_size: int = BATCH_SIZE) -> Tensor:
         """N pictures → (N, D)."""
-        if not pictures:
-            return self.images([BLANK])[:0]
-        batches = [
-            torch.stack([self.preprocess(picture.convert("RGB")) for picture in batch])
-            for batch in batches_of(pictures, batch_size)
-        ]
-        encoded = [self.network.encode_image(b.to(self.device)).cpu() for b in batches]
-        return F.normalize(torch.cat(encoded).float(), dim=-1)
+        return picture_features(
+            pictures,
+            lambda picture: self.preprocess(picture.convert("RGB")),
+            lambda batch: self.network.encode_image(batch.to(self.device)),
+            batch_size,
+        )
 
-    @torch.no_grad()
     def texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
         """N texts → (N, D); what is longer than the model's context is cut off."""
-        if not texts:
-            return self.texts([""])[:0]
-        batches = [self.tokenizer(list(batch)) for batch in batches_of(texts, batch_size)]
-        encoded = [self.network.encode_text(b.to(self.device)).cpu() for b in batches]
-        return F.normalize(torch.cat(encoded).float(), dim=-1)
+        return _features(
+            texts or [""],
+            lambda batch: self.network.encode_text(self.tokenizer(list(batch)).to(self.device)),
+            batch_size,
+        )[: len(texts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,17 +135,39 @@ class EfficientNetFeatures:
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         return cls(ready(network, device), torch.device(device))
 
-    @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image], batch_size: int = BATCH_SIZE) -> Tensor:
         """N pictures → (N, 1280)."""
-        if not pictures:
-            return self.images([BLANK])[:0]
-        batches = [
-            torch.stack([_lite_input(picture) for picture in batch])
-            for batch in batches_of(pictures, batch_size)
-        ]
-        maps = [self.network.extract_features(b.to(self.device)) for b in batches]
-        return F.normalize(torch.cat([m.mean((2, 3)).cpu() for m in maps]), dim=-1)
+        return picture_features(
+            pictures,
+            _lite_input,
+            lambda batch: self.network.extract_features(batch.to(self.device)).mean((2, 3)),
+            batch_size,
+        )
+
+
+def picture_features(
+    pictures: Sequence[Image.Image],
+    prepare: Callable[[Image.Image], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int,
+) -> Tensor:
+    """N pictures → (N, D) of unit length, fp32 on the CPU; also for no pictures.
+
+    Args:
+        prepare: picture → (C, H, W).
+        encode: (B, C, H, W) → (B, D), on whatever device.
+    """
+
+    def of_batch(batch: Sequence[Image.Image]) -> Tensor:
+        return encode(torch.stack([prepare(picture) for picture in batch]))
+
+    return _features(pictures or [BLANK], of_batch, batch_size)[: len(pictures)]
+
+
+@torch.no_grad()
+def _features(items: Sequence, encode: Callable[[Sequence], Tensor], batch_size: int) -> Tensor:
+    encoded = [encode(batch).cpu() for batch in batches_of(items, batch_size)]
+    return F.normalize(torch.cat(encoded).float(), dim=-1)
 
 
 def batches_of(items: Sequence, size: int) -> Iterator[Sequence]:

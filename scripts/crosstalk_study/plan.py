@@ -61,7 +61,6 @@ LOUD = {"rate_unet": 3e-3, "rate_text_encoder": 2e-3}
 KEPT = {**PLAIN, **LOUD, "preservation": 1.0}
 FB = {"variant": "fb", "rate_unet": 2e-3}
 SHORTER = {**KEPT, "steps": 400, "vectors": 8, "batch_size": 8}
-WHITE = {**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 1e-2)}
 TOKEN = {**PLAIN, **dict.fromkeys(LOUD, 0.0)}
 LONG = {**KEPT, "steps": 600, "vectors": 8, "batch_size": 8}
 
@@ -81,13 +80,10 @@ RECIPES: dict[str, Recipe] = {
     "preserved, text encoder": Recipe(KEPT, (TEXT,)),
     "preserved, keys and values": Recipe(KEPT, (KEYS_VALUES,)),
     "preserved, cross-attention": Recipe(KEPT, (KEYS_VALUES, QUERIES_OUT)),
-    "preserved, text and keys and values": Recipe(KEPT, (TEXT, KEYS_VALUES)),
     "white, fb": Recipe({**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 3e-3)}, white=1e-2),
     "white, fb, louder": Recipe(
         {**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, white=1e-3
     ),
-    "white, fa": Recipe({**PLAIN, **dict.fromkeys(LOUD, 3e-3)}, white=1e-2),
-    "white, fb, keys and values": Recipe(WHITE, (KEYS_VALUES,), white=1e-3),
     "loud, batch 8, 8 vectors": Recipe({**PLAIN, **LOUD, "batch_size": 8, "vectors": 8}),
     "preserved, weight 3, batch 8": Recipe({**KEPT, "preservation": 3.0, "batch_size": 8}),
     "loud, token first, 8 vectors": Recipe({**SHORTER, "preservation": 0.0}, alone=200),
@@ -97,9 +93,6 @@ RECIPES: dict[str, Recipe] = {
     "token first, 8 vectors": Recipe(SHORTER, alone=200),
     "token first, 8 vectors, quiet": Recipe({**SHORTER, **dict.fromkeys(LOUD, 1e-3)}, alone=200),
     "token first, long": Recipe(LONG, alone=300),
-    "token first, long, fb": Recipe({**LONG, **FB}, alone=300),
-    "token first, long, weight 3": Recipe({**LONG, "preservation": 3.0}, alone=300),
-    "token only": Recipe(TOKEN),
     "token only, long": Recipe({**TOKEN, "vectors": 8, "batch_size": 8}),
     "token only, 16 vectors": Recipe({**TOKEN, "vectors": 16, "batch_size": 8}),
     "quiet": Recipe({**PLAIN, "rate_unet": 4e-4}),

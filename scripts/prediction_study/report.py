@@ -144,5 +144,6 @@ def line(way: str, found: Mapping[str, Any]) -> str:
     means = best["held_out_set_means"]["pearson"]["value"]
     return (
         f"{way}: {best['predictor']}, in the other sets Pearson {pearson}, Spearman {spearman}, "
-        f"of set means {means}; Loss({best['predictor']!r}, {slope}, {intercept}, {pearson})"
+        f"of set means {means}; Loss({best['predictor']!r}, {slope}, {intercept}, {pearson}, "
+        f"{found['loss'][BOTH]['value']})"
     )

@@ -20,6 +20,7 @@ from sbora_diffusion.diffusion.concepts import ConceptSettings, Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.group_training import GroupTraining
 from sbora_diffusion.diffusion.lesson import Lesson
+from sbora_diffusion.diffusion.tokens import word_vectors
 
 Opened = Callable[[Base, Sequence[Lesson], str], AdaptedTraining]
 """Base, lessons and the method's name → a training."""
@@ -35,6 +36,7 @@ class AdaptedMethod(Method[Adapted]):
     Args:
         opened: makes its training.
         frozen: the parts that are not trained.
+        modifier: whether its placeholder is one word before the class noun, which is kept.
         by_slot: whether a concept's range of rank numbers must be its own and inside each layer's
             width. Otherwise a slot takes one number, so that ranks set no limit.
     """
@@ -48,14 +50,21 @@ class AdaptedMethod(Method[Adapted]):
         opened: Opened,
         frozen: Sequence[str] = (),
         by_slot: bool = False,
+        modifier: bool = False,
     ):
         super().__init__(name, title, config, merges)
-        self._opened, self._frozen, self._by_slot = opened, frozenset(frozen), by_slot
+        self._opened, self._frozen = opened, frozenset(frozen)
+        self._by_slot, self._modifier = by_slot, modifier
 
     def _lesson(self, base: Base, subject: Subject, slot: int, config: TrainConfig) -> Lesson:
-        if self._by_slot:
-            return super()._lesson(base, subject, slot, config)
-        return Lesson(base, subject, config, slot)
+        start = slot * config.rank if self._by_slot else slot
+        lesson = Lesson(base, subject, config, start)
+        noun = word_vectors(base.pipeline, subject.settings.class_noun)
+        if self._modifier:
+            lesson.initial = torch.cat([noun[-1:], noun])
+        elif len(lesson.initial) < len(noun):  # of a compound, what it is stands last
+            lesson.initial = noun[-len(lesson.initial) :]
+        return lesson
 
     def _open(self, base: Base, lessons: Sequence[Lesson]) -> GroupTraining:
         return self._opened(base, lessons, self.name)
@@ -77,7 +86,8 @@ class AdaptedMethod(Method[Adapted]):
             for part, tensor in parts.items()
             if part not in self._frozen
         )
-        return Trainable(weights, concept.vectors.numel())
+        trained = concept.vectors[:1] if self._modifier else concept.vectors
+        return Trainable(weights, trained.numel())
 
     def write(self, path: Path, concept: Adapted) -> None:
         write_adapted(path, concept)

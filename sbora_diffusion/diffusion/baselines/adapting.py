@@ -4,6 +4,7 @@ Loop, targets, captions and placeholders are SBoRA's (`group_training.py`); what
 it acts, is each method's own.
 """
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.baselines.adapted import Adapted, AdaptedMeta, Form
 from sbora_diffusion.diffusion.baselines.layerwise import (
     LayerwiseTokens,
@@ -34,11 +36,14 @@ class AdaptedTraining(GroupTraining):
     Args:
         method: the name that the concepts get.
         layerwise: whether placeholders have one vector for each cross-attention layer.
-        random_first: standard deviation of the numbers that each placeholder's first vector starts
-            from, if it has several; the class noun's by default.
+        random_first: if not 0, each placeholder's first vector, where it has several, starts at
+            random, with this share of the standard deviation of the next one, the class noun's.
 
     Attributes:
         parts: canonical name of the layer → part → (concepts, …); parameters are trained.
+
+    Raises:
+        ConfigError: a recipe has another scale than 1; or as `GroupTraining`. Nothing was changed.
     """
 
     form: Form
@@ -51,6 +56,7 @@ class AdaptedTraining(GroupTraining):
         layerwise: bool = False,
         random_first: float = 0.0,
     ):
+        _refuse_scale(lessons)
         self._method, self._layerwise, self._random_first = method, layerwise, random_first
         self._key, self._states = base.key, ExitStack()
         super().__init__(base, lessons)
@@ -85,13 +91,17 @@ class AdaptedTraining(GroupTraining):
     @torch.no_grad()
     def _randomize(self, tokens: TrainableTokens) -> None:
         """Each placeholder's first vector, the same for all layers where it has several."""
-        owners = self._owners()
-        for number, lesson in enumerate(self.lessons):
+        for first, lesson in zip(self._firsts(), self.lessons, strict=True):
             generator = Generator().manual_seed(start_seed(lesson))
-            first, *others = (owners == number).nonzero().flatten().tolist()
             noise = torch.randn(tokens.vectors.shape[-1], generator=generator)
-            if others:
-                tokens.vectors[first] = self._random_first * noise.to(tokens.vectors)
+            if len(lesson.initial) > 1:
+                size = self._random_first * tokens.vectors[first + 1].std()
+                tokens.vectors[first] = size * noise.to(tokens.vectors)
+
+    def _firsts(self) -> list[int]:
+        """The row of each concept's first vector."""
+        owners = self._owners().tolist()
+        return [owners.index(number) for number in range(len(self.lessons))]
 
     def _factors(self, component: str) -> list[nn.Parameter]:
         return [
@@ -165,7 +175,18 @@ class WordTraining(AdaptedTraining):
 
 def start_seed(lesson: Lesson) -> int:
     """Another one for each concept, whatever trains beside it."""
-    return (lesson.config.seed << 16) + lesson.start
+    digest = hashlib.sha256(f"{lesson.config.seed}/{lesson.start}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _refuse_scale(lessons: Sequence[Lesson]) -> None:
+    for config in (lesson.config for lesson in lessons):
+        if config.resolved_alpha != config.rank:
+            raise ConfigError(
+                f"alpha is {config.resolved_alpha:g} at rank {config.rank}: the methods compared "
+                "with have the scale 1",
+                "leave out alpha, or give it the rank's value",
+            )
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:

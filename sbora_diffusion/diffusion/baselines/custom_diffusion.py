@@ -1,6 +1,10 @@
 """Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the cross-attentions' keys and values
 are trained whole, beside one token and pictures of the class; concepts are merged in closed form.
 
+As in its captions ("V* cat") a new word stands before the class noun, which stays what it is, so a
+placeholder has the noun's own vectors behind its trained one. Theirs starts from a rare word of
+CLIP's, here a random vector of a word's length stands for it.
+
 The merge (Section 3.3) keeps the weights' outputs on ordinary captions near to the base's, and
 gives each concept's own on the words that call it:
 
@@ -27,6 +31,7 @@ from sbora_diffusion.diffusion.baselines.interface import InModel
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.generic import generic_prompts
 from sbora_diffusion.diffusion.prompts import spelled
+from sbora_diffusion.diffusion.tokens import TrainableTokens
 
 AT_ONCE = 32
 """Prompts in a batch of the text encoder."""
@@ -38,6 +43,11 @@ class FullTraining(AdaptedTraining):
 
     form: Form = "full"
 
+    def _placeholders(self, embedding: nn.Embedding, count: int) -> TrainableTokens:
+        tokens = ModifierTokens(embedding, count, self._firsts())
+        self._randomize(tokens)
+        return tokens
+
     def _adapted_layers(self) -> dict[str, nn.Linear]:
         layers = self.lessons[0].layers
         return {name: layer for name, layer in layers.items() if READS_TEXT.search(name)}
@@ -48,6 +58,26 @@ class FullTraining(AdaptedTraining):
 
     def _act(self, layer: nn.Linear, parts: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return y + x @ parts["delta"].mT
+
+
+class ModifierTokens(TrainableTokens):
+    """Placeholders of which some rows alone are trained.
+
+    Args:
+        rows: of the placeholders.
+        trained: which of them.
+    """
+
+    def __init__(self, embedding: nn.Embedding, rows: int, trained: Sequence[int]):
+        super().__init__(embedding, rows)
+        self._trained = torch.zeros(rows, dtype=torch.bool, device=self.vectors.device)
+        self._trained[list(trained)] = True
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """As `TrainableTokens`; the other rows get no gradient."""
+        states = super().forward(ids)
+        trained = self._trained[(ids - self.first).clamp_min(0)]
+        return torch.where(trained[..., None], states, states.detach())
 
 
 class ConstrainedConfig(BaseModel):

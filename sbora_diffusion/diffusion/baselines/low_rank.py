@@ -3,8 +3,9 @@
 LoRA (Hu et al. 2021, arXiv 2106.09685) trains both factors; LoRA-FA (Zhang et al. 2023, arXiv
 2308.03303) freezes a random A; Orthogonal Adaptation (Po et al. 2023, arXiv 2312.02432) freezes A
 too: rows of a random orthogonal basis that all concepts share, other rows for each, so that the As
-of any two are orthogonal. DoRA (Liu et al. 2024, arXiv 2402.09353) trains both factors and each
-output row's length. The scale is alpha / rank = 1 in all.
+of any two are orthogonal. (Its authors draw the rows at random, so that two concepts share some now
+and then; rows by slot are what they approach.) DoRA (Liu et al. 2024, arXiv 2402.09353) trains both
+factors and each output row's length. The scale is alpha / rank = 1 in all.
 """
 
 import hashlib
@@ -47,16 +48,16 @@ class LowRankTraining(AdaptedTraining):
 
     def _start(self, name: str, layer: nn.Linear) -> Mapping[str, Tensor]:
         device, rank = self.base.device, self.config.rank
-        down = torch.stack([self._rows(k, name, layer.in_features) for k in self.lessons])
-        down = down.to(device)
+        down = self._rows(name, layer.in_features).to(device)
         up = torch.zeros(len(self.lessons), layer.out_features, rank, device=device)
         trained = self._down == "trained"
         return {"down": nn.Parameter(down) if trained else down, "up": nn.Parameter(up)}
 
-    def _rows(self, lesson: Lesson, name: str, width: int) -> Tensor:
+    def _rows(self, name: str, width: int) -> Tensor:
+        """The down factors at the start, (concepts, r, width)."""
         if self._down == "basis":
-            return basis_rows(lesson, name, width)
-        return self._starts[lesson](width)
+            return basis_rows(self.lessons, name, width)
+        return torch.stack([self._starts[lesson](width) for lesson in self.lessons])
 
     def _act(self, layer: nn.Linear, parts: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return y + x @ parts["down"].mT @ parts["up"].mT
@@ -103,10 +104,12 @@ def basis(layer: str, width: int, seed: int) -> Tensor:
     return (q * r.diagonal().sign()).float()  # uniform, whatever signs the factorization prefers
 
 
-def basis_rows(lesson: Lesson, layer: str, width: int) -> Tensor:
-    """The rows (r, width) of the basis that a lesson's range owns."""
-    config, start = lesson.config, lesson.start
-    return basis(layer, width, config.allocation_seed)[start : start + config.rank]
+def basis_rows(lessons: Sequence[Lesson], layer: str, width: int) -> Tensor:
+    """The rows of the basis that the lessons' ranges own, (lessons, r, width)."""
+    seeds = {lesson.config.allocation_seed for lesson in lessons}
+    whole = {seed: basis(layer, width, seed) for seed in seeds}  # each takes a second at 1280
+    rows = [whole[x.config.allocation_seed][x.start : x.start + x.config.rank] for x in lessons]
+    return torch.stack(rows)
 
 
 class _Kaiming:

@@ -17,7 +17,7 @@ from sbora_diffusion.diffusion.baselines.custom_diffusion import (
     FullTraining,
     constraining,
 )
-from sbora_diffusion.diffusion.baselines.fusion import FusionConfig, fusing
+from sbora_diffusion.diffusion.baselines.fusion import STOPPED_EARLY, FusionConfig, fusing
 from sbora_diffusion.diffusion.baselines.interface import Merge, Method
 from sbora_diffusion.diffusion.baselines.low_rank import LowRankTraining, MagnitudeTraining
 from sbora_diffusion.diffusion.baselines.recipes import (
@@ -63,12 +63,17 @@ def _custom_diffusion() -> AdaptedMethod:
     merge = Merge("constrained least squares", constraining(ConstrainedConfig()))
     return AdaptedMethod(
         "custom-diffusion", "Custom Diffusion", CUSTOM_DIFFUSION,
-        {"constrained": merge, "sum": SUM}, FullTraining,
+        {"constrained": merge, "sum": SUM}, partial(FullTraining, random_first=RANDOM_FIRST),
+        modifier=True,
     )  # fmt: skip
 
 
 def _mix_of_show(name: str, title: str, layerwise: bool) -> AdaptedMethod:
-    merges = {"fusion": Merge("gradient fusion", fusing(FusionConfig())), "mean": MEAN, "sum": SUM}
+    merges = {
+        "fusion": Merge("gradient fusion", fusing(FusionConfig())),
+        "fusion-early": Merge("gradient fusion, stopped early", fusing(STOPPED_EARLY)),
+        **AVERAGED,
+    }
     opened = partial(_low_rank, layerwise=layerwise, random_first=RANDOM_FIRST)
     return AdaptedMethod(name, title, MIX_OF_SHOW, merges, opened)
 
@@ -76,7 +81,8 @@ def _mix_of_show(name: str, title: str, layerwise: bool) -> AdaptedMethod:
 def _orthogonal() -> AdaptedMethod:
     return AdaptedMethod(
         "orthogonal", "Orthogonal Adaptation", ORTHOGONAL, {"sum-0.6": SUM_06, "sum": SUM},
-        partial(_low_rank, down="basis"), frozen=["down"], by_slot=True,
+        partial(_low_rank, layerwise=True, random_first=RANDOM_FIRST, down="basis"),
+        frozen=["down"], by_slot=True,
     )  # fmt: skip
 
 

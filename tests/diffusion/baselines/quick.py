@@ -14,7 +14,7 @@ from sbora_diffusion.diffusion.targets import target_layers
 
 QUICK: dict[str, Any] = {
     "steps": 3, "batch_size": 2, "copies": 1, "resolution": 32, "warmup_steps": 1, "seed": 3,
-    "prior_images": 2,
+    "prior_images": 2, "preservation": 0.0, "schedule": "constant",
 }  # fmt: skip
 RATE = 0.02
 RANK = 4

@@ -25,7 +25,7 @@ lora = importlib.import_module("pair_study.lora")
 
 QUICK = TrainConfig(
     rank=4, steps=3, batch_size=2, copies=1, resolution=32, warmup_steps=1, seed=3,
-    rate_unet=0.02, rate_text_encoder=0.02,
+    rate_unet=0.02, rate_text_encoder=0.02, rate_tokens=0.01, preservation=0.0, vectors=4,
 )  # fmt: skip
 SLOTS = (3, 0)
 

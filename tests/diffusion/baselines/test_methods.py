@@ -167,7 +167,7 @@ def test_trainable_numbers_are_counted_without_what_is_frozen(thin, concepts):
     for name, count in expected.items():
         assert METHODS[name].trainable(concepts[name][0][0]).weights == count, name
     tokens = {n: METHODS[n].trainable(concepts[n][0][0]).tokens // 64 for n in expected}
-    assert tokens["mix-of-show"] == 2 * 4 and tokens["class-word"] == 0
+    assert tokens["mix-of-show"] == tokens["orthogonal"] == 2 * 4 and tokens["class-word"] == 0
     assert tokens["custom-diffusion"] == tokens["textual-inversion"] == 1
 
 
