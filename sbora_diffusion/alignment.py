@@ -18,8 +18,8 @@ from sbora_diffusion.evaluation.features import (
 )
 from sbora_diffusion.evaluation.protocols import RAW_COSINE, Protocol
 
-References = Mapping[str, Tensor]
-"""Name of the image features → those of the reference images, (M, D)."""
+Features = Mapping[str, Tensor]
+"""Name of the image features → those of N pictures, (N, D)."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Judges:
     clip: ClipFeatures
     further: tuple[ImageFeatures, ...] = ()
 
-    def references(self, pictures: Sequence[Image.Image]) -> References:
-        """What `score` compares with; computed once for many calls."""
+    def features(self, pictures: Sequence[Image.Image]) -> Features:
+        """What scores are computed of; references' are computed once for many calls."""
         return {judge.name: judge.images(pictures) for judge in (self.clip, *self.further)}
 
 
@@ -94,7 +94,7 @@ def score(
     judges: Judges,
     pictures: Sequence[Image.Image],
     texts: Sequence[str | None],
-    references: References | None = None,
+    references: Features | None = None,
     protocol: Protocol = RAW_COSINE,
 ) -> Scores:
     """Score pictures, however they were made.
@@ -102,20 +102,31 @@ def score(
     Args:
         texts: what each picture should show, with plain words instead of placeholder tokens; None
             where nobody knows.
-        references: from `Judges.references`; without them there is no image alignment.
+        references: from `Judges.features`; without them there is no image alignment.
     """
     assert len(pictures) == len(texts), (len(pictures), len(texts))
-    seen = judges.clip.images(pictures)
+    asked = judges if references is not None else Judges(judges.clip)
+    features = asked.features(pictures)
+    seen = features[judges.clip.name]
     known = [k for k, text in enumerate(texts) if text is not None]
     text_scores = torch.full((len(pictures),), torch.nan)
     written = judges.clip.texts([protocol.prefix + text for text in texts if text is not None])
     text_scores[known] = protocol.text_alignment(seen[known], written)
-    image_scores: dict[str, Tensor] = {}
-    if references is not None:
-        features = {judges.clip.name: seen, **{j.name: j.images(pictures) for j in judges.further}}
-        for name, found in features.items():
-            image_scores |= protocol.image_alignments(name, found, references[name])
-    return Scores(text_scores, image_scores)
+    return Scores(text_scores, image_scores(features, references or {}, protocol))
+
+
+def image_scores(
+    features: Features, references: Features, protocol: Protocol = RAW_COSINE
+) -> dict[str, Tensor]:
+    """Name of the figure → (N,): pictures against references, in each of the references' features.
+
+    Args:
+        features: those of the N pictures.
+    """
+    found: dict[str, Tensor] = {}
+    for name, others in references.items():
+        found |= protocol.image_alignments(name, features[name], others)
+    return found
 
 
 def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

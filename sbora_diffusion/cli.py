@@ -49,7 +49,7 @@ app = typer.Typer(
     help="Teach a text-to-image model several subjects from a few pictures each (SBoRA).",
 )
 app.add_typer(library_app, name="library", help="The concepts known here, their slots and files.")
-app.add_typer(bench_app, name="bench", help="The studies: what it costs.")
+app.add_typer(bench_app, name="bench", help="The studies: what it costs, and how methods compare.")
 app.command()(inspect)
 app.command()(check)
 app.command()(merge)

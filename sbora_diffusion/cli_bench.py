@@ -1,4 +1,4 @@
-"""The command that measures: `sbora bench speed`."""
+"""The commands that measure: `sbora bench speed`, and those of `cli_methods`."""
 
 import json
 import shlex
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sbora_diffusion.cli_methods import figure, merge, single, tune
 from sbora_diffusion.console import (
     ConfigOption,
     Console,
@@ -23,11 +24,8 @@ if TYPE_CHECKING:
     from sbora_diffusion.bench.plan import Plan
 
 bench_app = typer.Typer(rich_markup_mode=None)
-
-
-@bench_app.callback()
-def _group() -> None:
-    """A group even while it has one command."""
+for study in (tune, single, merge, figure):
+    bench_app.command()(study)
 
 
 @bench_app.command()

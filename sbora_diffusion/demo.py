@@ -219,7 +219,7 @@ def _align(demo: Demo) -> None:
             judges = load_judges()
             for subject in demo.subjects:
                 name = subject.settings.name
-                references = judges.references(demo.references[name])
+                references = judges.features(demo.references[name])
                 texts = _prompts(_noun(subject))
                 demo.alignment[name] = {
                     model: score(judges, demo.pictures[name, model], texts, references).means()

@@ -127,7 +127,7 @@ def evaluate_concept(
         pipeline.remove(concept.meta.name)
     drawn[CLASS_WORD] = _draw(base, prompts, bare, config, on_step, 1)
 
-    compared = judges.references(references)
+    compared = judges.features(references)
     texts = [prompt.format(bare) for prompt in prompts for _ in range(config.num)]
     groups = {
         name: Judged(drawn[name], texts, score(judges, drawn[name], texts, compared, protocol))
@@ -254,7 +254,7 @@ def _judge_files(
     on_step: StepCallback | None,
 ) -> Judged:
     """Judge a few files at a time, and keep of each picture what a sheet shows."""
-    compared = judges.references(references) if references else None
+    compared = judges.features(references) if references else None
     tiles, parts = [], []
     for start in range(0, len(files), BATCH_SIZE):
         rows = slice(start, start + BATCH_SIZE)

@@ -75,7 +75,7 @@ def judged(
     sampler = MixedSampler(lambda _: [(concept, 1.0)])
     latents = sampler(base, prompts, [args.seed] * len(prompts), args.steps, args.guidance, "")
     texts = [prompt.format(with_article(settings.class_noun)) for prompt in PROMPTS]
-    references = judges.references(read_pictures(subject.images[0].parent))
+    references = judges.features(read_pictures(subject.images[0].parent))
     means = score(judges, decode(base, latents), texts, references).means()
     return {"text_alignment": means["text_alignment"], **means["image_alignment"]}
 

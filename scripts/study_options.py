@@ -4,8 +4,12 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from sbora_diffusion.pages import with_tables
+
+__all__ = ["FIGURES", "command", "study_parser", "with_tables"]
 
 FIGURES = ("text_alignment", "pocket-clip", "efficientnet-lite2")
 
@@ -41,17 +45,3 @@ def study_parser(
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--commit", help="of the code, on a machine without its checkout")
     return parser
-
-
-def with_tables(page: str, tables: Mapping[str, Sequence[str]]) -> str:
-    """A page of Markdown with its tables made anew; each stands between two comments with its name.
-
-    Args:
-        tables: name → lines.
-    """
-    for name, lines in tables.items():
-        before, rest = page.split(f"<!-- table: {name} -->\n")
-        _, after = rest.split(f"<!-- end: {name} -->\n")
-        table = "\n".join(lines)
-        page = f"{before}<!-- table: {name} -->\n{table}\n<!-- end: {name} -->\n{after}"
-    return page

@@ -77,7 +77,7 @@ def _score(
     base: Base, judges: Judges, subject: Subject, latents: Tensor, num: int
 ) -> dict[str, float]:
     """Figures of one subject's pictures, `num` for each prompt."""
-    references = judges.references(read_pictures(subject.images[0].parent))
+    references = judges.features(read_pictures(subject.images[0].parent))
     texts = [prompt.format(_word(subject, [])) for prompt in _repeated(num)]
     means = score(judges, decode(base, latents), texts, references).means()
     return {"text_alignment": means["text_alignment"], **means["image_alignment"]}

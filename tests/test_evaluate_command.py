@@ -251,7 +251,7 @@ def test_the_prompt_is_read_back_and_nothing_else_is_taken_for_one(folder):
 
 def test_ready_made_pictures_can_be_scored_with_and_without_texts(judges):
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    scores = score(judges, pictures, [None, "a red bear"], judges.references(pictures[:1]))
+    scores = score(judges, pictures, [None, "a red bear"], judges.features(pictures[:1]))
     assert scores.text.isnan().tolist() == [True, False]
     assert scores.image[judges.clip.name][0].item() == pytest.approx(1)
     assert scores.means()["text_alignment"] == round(scores.text[1].item(), 4)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from crosstalk_study.plan import UNRELATED
-from sbora_diffusion.alignment import Judges, References, load_judges, score
+from sbora_diffusion.alignment import Features, Judges, load_judges, score
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import Subject, read_subject
@@ -41,8 +41,8 @@ class Measures:
 
     def __init__(self, base: Base, judges: Judges, subjects: Sequence[Subject], how: Drawing):
         self.base, self.judges, self.subjects, self.how = base, judges, subjects, how
-        self._references: list[References] = [
-            judges.references(read_pictures(subject.images[0].parent)) for subject in subjects
+        self._references: list[Features] = [
+            judges.features(read_pictures(subject.images[0].parent)) for subject in subjects
         ]
 
     def of_class_words(self) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ from merging_study.plan import (
     numbered,
 )
 from merging_study.statistics import mean_figure, rank_correlation
-from sbora_diffusion.alignment import Judges, References, score
+from sbora_diffusion.alignment import Features, Judges, score
 from sbora_diffusion.diffusion.prompts import with_article
 from sbora_diffusion.evaluation.metrics import similarity
 
@@ -65,7 +65,7 @@ def score_all(
     """
     each, points = {}, []
     for name in archive.facts["concepts"]:
-        compared = judges.references(references[name])
+        compared = judges.features(references[name])
         found = {
             group: _measures(archive, name, group, compared, judges)
             for group in archive.groups
@@ -187,7 +187,7 @@ def merge_seconds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _measures(
-    archive: Archive, name: str, group: str, compared: References, judges: Judges
+    archive: Archive, name: str, group: str, compared: Features, judges: Judges
 ) -> Measures:
     settings, noun = archive.facts["settings"], archive.facts["concepts"][name]["class_noun"]
     texts = numbered(settings["prompts"], with_article(noun), settings["num"])

@@ -55,7 +55,7 @@ class Bench:
             self.base, [p.format(token) for p in prompts], seeds,
             self.config.steps, self.config.guidance,
         )  # fmt: skip
-        references = self.judges.references(read_pictures(subject.images[0].parent))
+        references = self.judges.features(read_pictures(subject.images[0].parent))
         texts = [p.format(bare) for p in prompts]
         return score(self.judges, decode(self.base, latents), texts, references).means()
 

@@ -48,7 +48,7 @@ def ceiling_figures(
     each = {}
     for subject in subjects:
         name = subject.settings.name
-        features = judges.references(read_pictures(subject.images[0].parent))
+        features = judges.features(read_pictures(subject.images[0].parent))
         found = {
             kind: _alignment(judges, pictures, features)
             for kind, pictures in _pictures(world, base, subject, seed, number).items()
