@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from recipe_study.plan import PLAIN
 
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.concepts import Subject
@@ -45,7 +46,7 @@ def measure_speed(
         },
         "training_step_seconds": {
             **at_most(statistics.median(steps), STEP_SECONDS),
-            "batch": TrainConfig().batch_size,
+            "batch": PLAIN["batch_size"],
             "concept": subject.settings.name,
             "each": [round(s, 3) for s in steps],
         },
@@ -74,8 +75,8 @@ def drawing_seconds(base: Base, count: int) -> list[float]:
 
 
 def step_seconds(base: Base, subject: Subject, count: int, warm_up: int = 3) -> list[float]:
-    """Seconds of each of `count` steps of a training with default settings, after a warm-up."""
-    training = ConceptTraining(base, subject, TrainConfig(), start=0)
+    """Seconds of each of `count` steps of a training of four pictures a step, after a warm-up."""
+    training = ConceptTraining(base, subject, TrainConfig(**PLAIN), start=0)
     try:
         records = itertools.islice(training.steps(), warm_up + count)
         return [record.seconds for record in records][warm_up:]
