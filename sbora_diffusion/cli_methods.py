@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -65,74 +65,53 @@ NOTE_EVERY = 20.0
 """Seconds between notes of progress where there is no terminal."""
 
 
-def single(
-    preset: PresetOption = "pocket",
-    methods: MethodsOption = None,
-    seeds: SeedsOption = None,
-    concepts: ConceptsOption = None,
-    base: BaseOption = None,
-    clip: ClipOption = None,
-    device: DeviceOption = None,
-    part: PartOption = 1,
-    parts: PartsOption = 1,
-    limit: LimitOption = None,
-    out: Annotated[Path, typer.Option(help="The record's folder")] = Path("results/single"),
-    files: FilesOption = FILES,
-    pictures: PicturesOption = None,
-    render: RenderOption = False,
-    page: PageOption = None,
-    commit: CommitOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Each concept alone, by every method: text and image alignment.
+def _measuring(kind: Literal["single", "merge"], about: str) -> Callable[..., None]:
+    """A command whose record grows line by line."""
 
-    The record grows line by line. What it has is not measured again.
-    """
-    console, found = Console(as_json), _preset(preset, config, settings, base, clip)
-    from sbora_diffusion.comparison.single import run_single
+    def command(
+        preset: PresetOption = "pocket",
+        methods: MethodsOption = None,
+        seeds: SeedsOption = None,
+        concepts: ConceptsOption = None,
+        base: BaseOption = None,
+        clip: ClipOption = None,
+        device: DeviceOption = None,
+        part: PartOption = 1,
+        parts: PartsOption = 1,
+        limit: LimitOption = None,
+        out: Annotated[Path, typer.Option(help="The record's folder")] = Path("results", kind),
+        files: FilesOption = FILES,
+        pictures: PicturesOption = None,
+        render: RenderOption = False,
+        page: PageOption = None,
+        commit: CommitOption = None,
+        config: ConfigOption = None,
+        settings: SetOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        console, found = Console(as_json), _preset(preset, config, settings, base, clip)
+        from sbora_diffusion.comparison.merge import run_merge
+        from sbora_diffusion.comparison.single import run_single
 
-    if render:
-        return _render(console, found, "single", out, page)
-    options = {"files": files, "pictures": pictures, "part": part, "parts": parts, "limit": limit}
-    chosen = {"methods": methods or (), "concepts": concepts or (), "seeds": _numbers(seeds)}
-    _run(console, _work(found, device, out=out, commit=commit, **options, **chosen), run_single)
+        if render:
+            return _render(console, found, kind, out, page)
+        run = {"single": run_single, "merge": run_merge}[kind]
+        share = {"part": part, "parts": parts, "limit": limit, "commit": commit}
+        chosen = {"methods": methods or (), "concepts": concepts or (), "seeds": _numbers(seeds)}
+        places = {"out": out, "files": files, "pictures": pictures}
+        _run(console, _work(found, device, **share, **chosen, **places), run)
+
+    command.__name__ = kind
+    command.__doc__ = (
+        f"{about}\n\nThe record grows line by line. What it has is not measured again."
+    )
+    return command
 
 
-def merge(
-    preset: PresetOption = "pocket",
-    methods: MethodsOption = None,
-    seeds: SeedsOption = None,
-    concepts: ConceptsOption = None,
-    base: BaseOption = None,
-    clip: ClipOption = None,
-    device: DeviceOption = None,
-    part: PartOption = 1,
-    parts: PartsOption = 1,
-    limit: LimitOption = None,
-    out: Annotated[Path, typer.Option(help="The record's folder")] = Path("results/merge"),
-    files: FilesOption = FILES,
-    pictures: PicturesOption = None,
-    render: RenderOption = False,
-    page: PageOption = None,
-    commit: CommitOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What merging a few and all concepts costs each method, in each of its ways.
-
-    The record grows line by line. What it has is not measured again.
-    """
-    console, found = Console(as_json), _preset(preset, config, settings, base, clip)
-    from sbora_diffusion.comparison.merge import run_merge
-
-    if render:
-        return _render(console, found, "merge", out, page)
-    options = {"files": files, "pictures": pictures, "part": part, "parts": parts, "limit": limit}
-    chosen = {"methods": methods or (), "concepts": concepts or (), "seeds": _numbers(seeds)}
-    _run(console, _work(found, device, out=out, commit=commit, **options, **chosen), run_merge)
+single = _measuring("single", "Each concept alone, by every method: text and image alignment.")
+merge = _measuring(
+    "merge", "What merging a few and all concepts costs each method, in each of its ways."
+)
 
 
 def tune(
