@@ -252,7 +252,7 @@ def test_squares_are_means_over_prompts_and_values():
 def test_snapshots_are_what_trainings_of_so_many_steps_end_with(pocket):
     subjects = [read_subject(CONCEPTS / name) for name in NAMES]
     changes = plan.settings("fa", 2.0, 2) | TINY.model_dump(include={"copies", "resolution"})
-    config = TrainConfig(**changes, batch_size=1)
+    config = TrainConfig(**{**changes, "batch_size": 1})
     both = study.snapshots(pocket, subjects, config, [1, 2])
     short = study.snapshots(pocket, subjects, config.model_copy(update={"steps": 1}), [1])
     for early, alone, late in zip(both[1], short[1], both[2], strict=True):
