@@ -1,8 +1,11 @@
 """Generic prompts as the frozen base draws them, learned beside the subject."""
 
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
 
+from sbora_diffusion.diffusion import preservation
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.generic import PLACES, generic_prompts
@@ -14,6 +17,15 @@ from sbora_diffusion.evaluate import PROMPTS
 from tests.diffusion.helpers import CONCEPTS, assert_untouched, snapshot
 
 ROWS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_pictures(pocket):
+    """What holds for sixteen holds for eight, in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preservation, "PICTURES", 8)
+        patch.setattr(preservation, "_KNOWN", WeakKeyDictionary())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +91,7 @@ def test_the_bare_base_is_right_on_every_example(pocket, preserved):
 def test_a_concept_that_learns_them_leaves_generic_prompts_nearer_to_the_base(pocket, preserved):
     before = snapshot(pocket)
     plain, mindful = (
-        error_with(pocket, trained(pocket, preservation=weight), preserved)
+        error_with(pocket, trained(pocket, preservation=weight, preservation_rows=4), preserved)
         for weight in (0.0, 10.0)
     )
     assert 0 < mindful < 0.7 * plain
