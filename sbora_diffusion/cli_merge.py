@@ -25,6 +25,7 @@ from sbora_diffusion.library import Library
 
 if TYPE_CHECKING:
     from sbora_diffusion.core.concept_set import ConceptSet
+    from sbora_diffusion.diffusion.bases import Base
     from sbora_diffusion.diffusion.merging import Merged
     from sbora_diffusion.diffusion.moments import CalibrateConfig
 
@@ -58,6 +59,14 @@ def merge(
             "another's prompts; by default if a model gets two concepts or more",
         ),
     ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine",
+            help="After the fit, train the model's updates until it predicts what each concept "
+            "alone predicts; by default on a GPU, since a CPU takes a quarter of an hour and more",
+        ),
+    ] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     device: DeviceOption = None,
@@ -74,9 +83,9 @@ def merge(
     selection = ConceptSet(loaded.concepts, allow_overlap or loaded.allow_overlap)
     several = form is Form.model and len(selection.concepts) > 1
     wanted = several if calibrate is None else calibrate
-    calibration = _calibration(form, wanted, config, settings)
+    calibration = _calibration(form, wanted, refine, config, settings)
     if form is Form.model:
-        facts = _write_model(console, selection, output, base, device, dtype, calibration)
+        facts = _write_model(console, selection, output, base, device, dtype, calibration, refine)
     elif form is Form.set:
         facts = _write_set(console, selection, output, dtype)
     else:
@@ -87,7 +96,11 @@ def merge(
 
 
 def _calibration(
-    form: Form, wanted: bool, config: Path | None, settings: list[str] | None
+    form: Form,
+    wanted: bool,
+    refine: bool | None,
+    config: Path | None,
+    settings: list[str] | None,
 ) -> "CalibrateConfig | None":
     """Settings of the calibration, None without one."""
     if wanted and form is not Form.model:
@@ -97,11 +110,19 @@ def _calibration(
     if not wanted:
         if config or settings:
             raise ConfigError("settings are for calibration, which is off", "add --calibrate")
+        if refine:
+            raise ConfigError(
+                "--refine goes on from a calibration, which is off", "add --calibrate"
+            )
         return None
     quiet_libraries()
     from sbora_diffusion.diffusion.moments import CalibrateConfig
 
-    return read_settings(CalibrateConfig, config, settings, {})
+    found = read_settings(CalibrateConfig, config, settings, {})
+    if refine is not None and "refine" in found.model_fields_set and bool(found.refine) != refine:
+        option = "--refine" if refine else "--no-refine"
+        raise ConfigError(f"{option} and refine={found.refine} exclude each other", "drop one")
+    return found
 
 
 def _write_model(
@@ -112,6 +133,7 @@ def _write_model(
     device: str | None,
     dtype: Dtype,
     calibration: "CalibrateConfig | None",
+    refine: bool | None,
 ) -> dict[str, Any]:
     from sbora_diffusion.diffusion.bases import DTYPES
     from sbora_diffusion.outputs import check_model_output
@@ -122,7 +144,10 @@ def _write_model(
     )
     if named is None:
         raise ConfigError("the concept files do not name their base", "give it with --base")
-    merged = _merged(console, selection, named, device, calibration)
+    model = open_base(named, device)
+    if calibration is not None:
+        calibration = _refining(calibration, refine, model)
+    merged = _merged(console, selection, model, calibration)
     if merged.rounded:
         console.warn("some concepts were trained on a rounded copy of this base")
     merged.save(output, DTYPES[dtype])
@@ -133,26 +158,36 @@ def _write_model(
     return {**facts, "calibration": used}
 
 
+def _refining(calibration: "CalibrateConfig", refine: bool | None, base: "Base") -> Any:
+    """The settings with the usual descent, where it is wanted and they do not say another."""
+    from sbora_diffusion.diffusion.refinement import STEPS
+
+    wanted = base.device.type != "cpu" if refine is None else refine
+    if not wanted or "refine" in calibration.model_fields_set:
+        return calibration
+    return calibration.model_copy(update={"refine": STEPS})
+
+
 def _merged(
     console: Console,
     selection: "ConceptSet",
-    base: str,
-    device: str | None,
+    base: "Base",
     calibration: "CalibrateConfig | None",
 ) -> "Merged":
     """The base with the concepts folded in."""
     from sbora_diffusion.diffusion.calibrated import Calibrated
     from sbora_diffusion.diffusion.merging import Merged
 
-    model, concepts = open_base(base, device), selection.concepts
+    concepts = selection.concepts
     if calibration is None:
-        return Merged(model, concepts, selection.allow_overlap)
+        return Merged(base, concepts, selection.allow_overlap)
     start = perf_counter()
     with console.progress("calibrating") as bar:
-        merged = Calibrated(model, concepts, calibration, selection.allow_overlap, bar)
+        merged = Calibrated(base, concepts, calibration, selection.allow_overlap, bar)
+    refined = f", and refined in {calibration.refine} steps" if calibration.refine else ""
     console.say(
-        f"calibrated in {perf_counter() - start:.0f} s on {len(calibration.prompts)} prompts of "
-        f"each concept and {calibration.generic} without any"
+        f"calibrated{refined} in {perf_counter() - start:.0f} s on {len(calibration.prompts)} "
+        f"prompts of each concept and {calibration.generic} without any"
     )
     return merged
 

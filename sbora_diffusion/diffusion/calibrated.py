@@ -1,4 +1,5 @@
-"""A merged model whose concepts do not disturb each other: folded after a closed-form fit."""
+"""A merged model whose concepts do not disturb each other: folded after a closed-form fit, which
+a descent may refine."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,15 @@ from sbora_diffusion.diffusion.moments import (
     own_steps,
 )
 from sbora_diffusion.diffusion.pipeline import StepCallback
+from sbora_diffusion.diffusion.predictions import (
+    Predictions,
+    generic_prediction_steps,
+    generic_predictions,
+    joined,
+    own_prediction_steps,
+    own_predictions,
+)
+from sbora_diffusion.diffusion.refinement import refined_concepts
 from sbora_diffusion.diffusion.targets import target_layers
 
 
@@ -27,16 +37,17 @@ class Calibrated(Merged):
     """Concepts folded in place, calibrated to each other; see `core/calibration.py`.
 
     Each concept is drawn alone and the base without any, then all entries that the concepts own are
-    fitted together. What was measured is kept, so that a change of the set draws only for concepts,
-    or weights λ, that are new; the fit is that of the new set. As in `Merged` the order of the
-    concepts does not matter, and without concepts the base is itself, bit for bit.
+    fitted together, and trained further if `config.refine` asks for it (`refinement`). What was
+    measured is kept, so that a change of the set draws only for concepts, or weights λ, that are
+    new; fit and refinement are those of the new set. As in `Merged` the order of the concepts does
+    not matter, and without concepts the base is itself, bit for bit.
 
     Args:
         base: unfolded and without adapters.
         concepts: concepts with their weights λ.
         config: what is drawn, and how it counts.
         allow_overlap: accept concepts of one variant that share indices.
-        on_step: called with (batches' steps done, in all) while something is drawn.
+        on_step: called with (steps done, in all): of drawing, a batch's each, and of refinement.
 
     Raises:
         As `switch` does.
@@ -55,6 +66,7 @@ class Calibrated(Merged):
         self._given: list[Weighted] = []
         self._own: dict[tuple[str, float], dict[str, Tensor]] = {}
         self._generic: dict[str, Tensor] | None = None
+        self._heard: dict[tuple[str, float] | None, Predictions] = {}  # None: of the base
         super().__init__(base, concepts, allow_overlap)
 
     @property
@@ -74,7 +86,10 @@ class Calibrated(Merged):
         louder = self._louder(concepts)
         try:
             self._fold(louder)
-            self._fold([(copy, 1.0) for copy in self._fitted(louder)])
+            fitted = self._fitted(louder)
+            if self.config.refine:
+                fitted = self._refined(concepts, fitted)
+            self._fold([(copy, 1.0) for copy in fitted])
         except BaseException:
             self._fold(before)
             raise
@@ -133,21 +148,60 @@ class Calibrated(Merged):
 
     def _measure(self, concepts: Sequence[Weighted]) -> None:
         """Draw what has not been drawn yet; leaves the base bare or with one of them."""
-        new = [pair for pair in concepts if (pair[0].meta.digest, pair[1]) not in self._own]
+        new = [pair for pair in concepts if _key(pair) not in self._own]
         rest = generic_steps(self.config) if self._generic is None else 0
-        total = len(new) * own_steps(self.config) + rest
-
-        def reporting(before: int) -> Callable[[int], None]:
-            return lambda done: self._on_step(before + done, total) if self._on_step else None
-
-        for number, (concept, weight) in enumerate(new):
-            report = reporting(number * own_steps(self.config))
-            self._fold([(concept, weight)])
-            found = own_moments(self.base, concept, self.config, report)
-            self._own[concept.meta.digest, weight] = found
+        progress = _Progress(self._on_step, len(new) * own_steps(self.config) + rest)
+        for pair in new:
+            self._fold([pair])
+            found = own_moments(self.base, pair[0], self.config, progress.part())
+            self._own[_key(pair)] = found
         if self._generic is None:
             self._fold([])
-            self._generic = generic_moments(self.base, self.config, reporting(total - rest))
+            self._generic = generic_moments(self.base, self.config, progress.part())
+
+    def _refined(self, concepts: Sequence[Weighted], fitted: Sequence[Concept]) -> list[Concept]:
+        """What the fit becomes by learning what each concept alone predicts."""
+        if not concepts:
+            return []
+        new = [pair for pair in concepts if _key(pair) not in self._heard]
+        rest = 0 if None in self._heard else generic_prediction_steps(self.config)
+        steps = len(new) * own_prediction_steps(self.config) + rest + self.config.refine
+        progress = _Progress(self._on_step, steps)
+        for pair in new:
+            self._fold([pair])
+            found = own_predictions(self.base, pair[0], self.config, progress.part())
+            self._heard[_key(pair)] = found
+        if None not in self._heard:
+            self._fold([])
+            self._heard[None] = generic_predictions(self.base, self.config, progress.part())
+        # Of weight 0: the base's own entries, with the tokens of all.
+        self._fold([(copy, 0.0) for copy in fitted])
+        ordered = sorted(concepts, key=lambda pair: pair[0].meta.digest)
+        heard = joined([*(self._heard[_key(pair)] for pair in ordered), self._heard[None]])
+        return refined_concepts(self.base, fitted, heard, self.config, progress.part())
 
     def _record(self, dtype: torch.dtype) -> dict[str, Any]:
         return {**super()._record(dtype), "calibration": self.config.model_dump(mode="json")}
+
+
+def _key(pair: Weighted) -> tuple[str, float]:
+    concept, weight = pair
+    return concept.meta.digest, weight
+
+
+class _Progress:
+    """Steps of several parts of a work, reported as steps of the whole."""
+
+    def __init__(self, on_step: StepCallback | None, total: int) -> None:
+        self._on_step, self._total, self._done = on_step, total, 0
+
+    def part(self) -> Callable[[int], None]:
+        """What the next part reports its own steps to; the parts before it are done."""
+        before = self._done
+
+        def report(done: int) -> None:
+            self._done = before + done
+            if self._on_step:
+                self._on_step(self._done, self._total)
+
+        return report

@@ -19,6 +19,7 @@ from sbora_diffusion.diffusion.generic import generic_prompts
 from sbora_diffusion.diffusion.pipeline import sample
 from sbora_diffusion.diffusion.prompts import spelled
 from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.tokens import read_texts
 
 AT_ONCE = 8
 """Prompts in a batch, which guidance doubles."""
@@ -61,6 +62,14 @@ class CalibrateConfig(BaseModel):
         description="factor on every weight λ, which makes up for what silence takes away",
     )
     ridge: float = Field(default=1e-4, gt=0, description="penalty of the update's size, see core")
+    refine: int = Field(
+        default=0, ge=0, le=100_000, description="steps of the descent after the fit; 0: none"
+    )
+    refine_rows: int = Field(default=32, ge=1, description="predictions in each of these steps")
+    refine_rate: float = Field(default=1e-3, gt=0, description="learning rate of the descent")
+    refine_timesteps: int = Field(
+        default=10, ge=1, le=1000, description="timesteps at which predictions are learned"
+    )
     seed: int = Field(default=0, ge=0, lt=1 << 62, description="picture k uses seed + k")
 
 
@@ -170,11 +179,5 @@ def _encoded(base: Base, texts: list[str], moments: Moments) -> Tensor:
 
 def _position_weights(base: Base, texts: list[str]) -> Tensor:
     """(B, tokens): 1 up to the prompt's end, then `PADDING`."""
-    tokenizer = base.pipeline.tokenizer
-    expanded = [base.pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]
-    length = tokenizer.model_max_length
-    read = tokenizer(
-        expanded, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    mask = read.attention_mask.float()
+    mask = read_texts(base.pipeline, texts).attention_mask.float()
     return mask + PADDING * (1 - mask)

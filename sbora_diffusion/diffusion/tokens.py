@@ -5,14 +5,14 @@ A placeholder may have several vectors. The vectors after the first get the name
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sbora_diffusion.core.errors import ConflictError, FormatError
 
@@ -98,6 +98,19 @@ class PlaceholderTokens:
             self._table = table
         table[self.base_size : size] = placeholders
         return table[:size]
+
+
+def read_texts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> BatchEncoding:
+    """Ids and mask of texts, all their placeholders' vectors among them, padded or cut to the
+    length that the text encoder reads: (N, tokens) each."""
+    tokenizer = pipeline.tokenizer
+    return tokenizer(
+        [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts],
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
 
 
 def _refuse_known(tokenizer: PreTrainedTokenizerBase, token: str) -> None:

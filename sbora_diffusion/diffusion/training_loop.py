@@ -19,7 +19,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once, device_obstacle
 from sbora_diffusion.diffusion.lesson import Lesson, Mindful, Stream
 from sbora_diffusion.diffusion.noise import Draw, Objective
-from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens
+from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens, read_texts
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,7 @@ class TrainingLoop(ABC):
         return Batch(ids, *map(torch.cat, zip(*(draw for draw, _ in drawn), strict=True)))
 
     def _encoded(self, words: str) -> Tensor:
-        pipeline = self.base.pipeline
-        words = pipeline.maybe_convert_prompt(words, pipeline.tokenizer)
-        encoded = pipeline.tokenizer(
-            words, padding="max_length", truncation=True, return_tensors="pt",
-            max_length=pipeline.tokenizer.model_max_length,
-        )  # fmt: skip
-        return encoded.input_ids[0]
+        return read_texts(self.base.pipeline, [words]).input_ids[0]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rates = {"unet": self.config.rate_unet, "text_encoder": self.config.rate_text_encoder}

@@ -143,6 +143,7 @@ MERGES: dict[str, Merge] = {
     ),
     "calibrated, gain 1.1": Merge(calibration={"gain": 1.1}),
     "calibrated, gain 1.2": Merge(calibration={"gain": 1.2}),
+    "refined": Merge(calibration={"refine": 300}),
     "calibrated, generic 1": Merge(calibration={"generic_weight": 1 / len(SUBJECTS), "gain": 1.0}),
     "calibrated, generic 1, gain 1.1": Merge(
         calibration={"generic_weight": 1 / len(SUBJECTS), "gain": 1.1}
