@@ -4,11 +4,14 @@ import copy
 import json
 
 import pytest
+import torch
 
+from sbora_diffusion import cli_merge
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.concept_set import read_concept_set
-from sbora_diffusion.diffusion import bases
+from sbora_diffusion.diffusion import bases, refinement
 from sbora_diffusion.diffusion.merging import Merged
+from sbora_diffusion.diffusion.moments import CalibrateConfig
 from tests.diffusion.helpers import strong_concept
 from tests.test_cli import refused
 
@@ -144,6 +147,38 @@ def test_one_concept_is_calibrated_only_if_asked_to(sbora, files, tmp_path):
     status, out, _ = sbora("merge", one, "-o", "fitted", "--calibrate", "--json", *QUICK)
     assert status == 0 and json.loads(out)["calibration"]["generic"] == 1
     assert model_bytes(tmp_path / "fitted") != model_bytes(tmp_path / "plain")
+
+
+def test_a_model_is_refined_if_asked_to_and_on_a_gpu_by_itself(sbora, files, tmp_path, monkeypatch):
+    both = (files / "one.safetensors", files / "two.safetensors")
+    small = (*QUICK, "-s", "refine_rows=1", "-s", "refine_timesteps=1")
+
+    def steps(*options):
+        status, out, _ = sbora("merge", *both, "-o", options[0], "--json", *small, *options[1:])
+        return json.loads(out)["calibration"]["refine"] if status == 0 else None
+
+    assert steps("plain") == 0 == steps("not", "--no-refine")
+    assert steps("two", "-s", "refine=2") == 2 == steps("twice", "--refine", "-s", "refine=2")
+    assert json.loads((tmp_path / "two" / "sbora.json").read_text())["calibration"]["refine"] == 2
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "twice")
+    assert model_bytes(tmp_path / "two") != model_bytes(tmp_path / "plain")
+    monkeypatch.setattr(refinement, "STEPS", 1)
+    assert steps("asked", "--refine") == 1
+    elsewhere = property(lambda base: torch.device("cuda"))
+    with monkeypatch.context() as patch:
+        patch.setattr(bases.Base, "device", elsewhere)
+        chosen = cli_merge._refining(CalibrateConfig(), None, copy.copy(bases.load_base()))
+    assert chosen == CalibrateConfig(refine=1)
+
+
+def test_refinement_that_cannot_be_meant_is_refused(sbora, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(bases, "load_base", lambda *_: pytest.fail("work began"))
+    both = ("merge", files / "one.safetensors", files / "two.safetensors", "-o", "m")
+    assert refused(sbora(*both, "--refine", "--no-calibrate"), "--refine", "--calibrate")
+    assert refused(sbora(*both, "--refine", "-s", "refine=0"), "--refine", "exclude")
+    assert refused(sbora(*both, "--no-refine", "-s", "refine=5"), "--no-refine", "exclude")
+    assert refused(sbora(*both, "-s", "refine=-1"), "refine", "greater than or equal to 0")
+    assert not (tmp_path / "m").exists()
 
 
 def test_settings_of_the_calibration_are_checked_before_any_work(

@@ -118,7 +118,7 @@ class Strips:
         )
         assert flat.dtype == self.weights[0].dtype and flat.device == self._table.device
         whole = flat.view(WHOLE[flat.element_size()])
-        with _on(flat.device):
+        with on_device(flat.device):
             copy_strips(
                 self._table, self._joint, whole, max(self._layout.counts), self.dim == 1, write
             )
@@ -191,7 +191,7 @@ def _gathered(x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     from sbora_diffusion.core.kernels import gather_columns
 
     found = x.new_empty((*x.shape[:-1], len(indices)), dtype=dtype)
-    with _on(x.device):
+    with on_device(x.device):
         gather_columns(x.view(-1, x.shape[-1]), indices, found.view(-1, len(indices)))
     return found
 
@@ -229,11 +229,11 @@ def _try_copy(weight: Tensor, dim: int) -> None:
     nothing = weight.new_ones((1, FIELDS), dtype=torch.int64)
     nothing[:, COUNT] = 0
     flat = weight.new_zeros(1).view(WHOLE[weight.element_size()])
-    with _on(weight.device):
+    with on_device(weight.device):
         for write in (False, True):
             copy_strips(nothing, nothing, flat, 1, dim == 1, write)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within, this is the current device, on which Triton launches and graphs are recorded."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sbora_diffusion.core.strips import on_device
+
 CAPABLE = ("cuda",)
 """Kinds of devices that have graphs."""
 WARM_UP = 3
@@ -108,7 +110,8 @@ class Recorded:
         places = [tensor.to(self._device, copy=True) for tensor in inputs]
         before = [tensor.clone() for tensor in self._adds_to]
         try:
-            replay, output = capture(partial(self._function, *places), self._memory)
+            with on_device(self._device):
+                replay, output = capture(partial(self._function, *places), self._memory)
             self._recordings[shapes] = Recording(places, replay, output)
         except RuntimeError as error:
             self.obstacle = Obstacle.FAILED

@@ -268,5 +268,6 @@ def _accelerator(base: Base, config: TrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
+        device_placement=False,  # the base may lie on another GPU than the first
         cpu=base.device.type == "cpu",
     )

@@ -80,6 +80,19 @@ def test_each_shape_is_recorded_once_and_what_it_adds_to_counts_each_call_once(r
     assert recorded(torch.ones(2)).tolist() == [0, 0], "weights are read where they lie"
 
 
+def test_a_recording_is_made_on_the_device_that_the_work_is_for(recorder, monkeypatch):
+    entered = []
+
+    @contextmanager
+    def on_device(device):
+        entered.append((device, recorder.recorded))
+        yield
+
+    monkeypatch.setattr(graphs, "on_device", on_device)
+    Recorded(torch.square, CPU)(torch.ones(2))
+    assert entered == [(CPU, 0)] and recorder.recorded == 1
+
+
 def test_work_that_reads_a_value_is_called_as_it_is_and_says_why(recorder):
     total = torch.zeros(1)
 

@@ -86,6 +86,15 @@ def weight_of(state, name):
     return state[f"{path}.weight"]
 
 
+def test_training_leaves_the_models_on_their_device(pocket, monkeypatch):
+    """Accelerate would take them to the first GPU, whichever one they were loaded to."""
+    moved = []
+    for model in (pocket.pipeline.unet, pocket.pipeline.text_encoder):
+        monkeypatch.setattr(model, "to", lambda *where: moved.append(where))
+    train(pocket)
+    assert moved == []
+
+
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(pocket, original, tmp_path):
     contents = []
     for number, seed in enumerate((3, 3, 4)):
