@@ -18,8 +18,13 @@ from tests.conftest import CONCEPTS
 from tests.diffusion.thin_sd15 import thin_sd15
 
 FUSING = fusing(FusionConfig(steps=1, text_iterations=2, spatial_iterations=2))
-CALIBRATING = calibrating(CalibrateConfig(prompts=("a photo of {}",), generic=2, steps=1))
-QUICK = {"fusion": FUSING, "calibrated": CALIBRATING}
+CALIBRATION = CalibrateConfig(prompts=("a photo of {}",), generic=2, steps=1)
+REFINED = CALIBRATION.model_copy(update={"refine": 1, "refine_rows": 1, "refine_timesteps": 1})
+QUICK = {
+    "fusion": FUSING,
+    "calibrated": calibrating(CALIBRATION),
+    "refined": calibrating(REFINED),
+}
 CATEGORIES = {"plushbear": "character", "toytrain": "object"}
 
 

@@ -42,6 +42,7 @@ from sbora_diffusion.diffusion.baselines.sbora import (
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.lesson import Lesson
 from sbora_diffusion.diffusion.moments import CalibrateConfig
+from sbora_diffusion.diffusion.refinement import STEPS
 
 FOLDED = {
     "sum": Merge("sum", add_folded),
@@ -51,7 +52,11 @@ OVERLAPPING = {
     "sum": Merge("sum", add_overlapping),
     "sum-0.6": Merge("sum, λ = 0.6", add_overlapping, 0.6),
 }
-CALIBRATED = {"calibrated": Merge("calibrated", calibrating(CalibrateConfig())), **FOLDED}
+CALIBRATED = {
+    "calibrated": Merge("calibrated", calibrating(CalibrateConfig())),
+    "refined": Merge("calibrated, refined", calibrating(CalibrateConfig(refine=STEPS))),
+    **FOLDED,
+}
 AVERAGED = {"sum": SUM, "mean": MEAN}
 
 
