@@ -36,6 +36,7 @@ from sbora_diffusion.library import Library, Reservation
 from sbora_diffusion.workers import slots_of, this_worker
 
 if TYPE_CHECKING:
+    from sbora_diffusion.checkpointing import Checkpointing
     from sbora_diffusion.diffusion.bases import Base
     from sbora_diffusion.diffusion.concepts import Subject
     from sbora_diffusion.diffusion.config import TrainConfig
@@ -93,6 +94,12 @@ def train(
         int | None,
         typer.Option(min=1, help="Subjects that train in one batch; 1 on a CPU, else up to 16"),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a training that was stopped")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Save the training every N steps, 0: never")
+    ] = 100,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.fp32,
     graphs: GraphsOption = True,
@@ -103,10 +110,12 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Learn subjects from the pictures in their folders: writes a concept file of each."""
+    from sbora_diffusion.checkpointing import Checkpointing
     from sbora_diffusion.diffusion.concepts import read_subject
     from sbora_diffusion.diffusion.config import TrainConfig
 
     console = Console(as_json)
+    how = Checkpointing(checkpoint_every, resume, console.note, console.warn)
     flags = {"variant": variant, "rank": rank, "steps": steps, "seed": seed}
     recipe = read_settings(TrainConfig, config, settings, flags)
     subjects, worker = [read_subject(folder) for folder in folders], this_worker()
@@ -118,9 +127,10 @@ def train(
     device = worker.device(device)
     model, known = open_base(base or "pocket", device, dtype, graphs, compiled), Library(library)
     if several:
-        done = _train_many(console, model, subjects, recipe, known, place, at_once, slots)
+        done = _train_many(console, model, subjects, recipe, known, place, at_once, slots, how)
     else:
-        done = [_train_one(console, model, subjects[0], recipe, known, place, slot, sample_every)]
+        (subject,) = subjects
+        done = [_train_one(console, model, subject, recipe, known, place, slot, sample_every, how)]
     for result, subject in zip(done, subjects, strict=True):
         _say_trained(console, result, subject, base)
     shown = [_trained(result, subject) for result, subject in zip(done, subjects, strict=True)]
@@ -184,6 +194,7 @@ def _train_one(
     output: Path,
     slot: int | None,
     sample_every: int,
+    checkpointing: "Checkpointing",
 ) -> "TrainResult":
     from sbora_diffusion.jobs import train_concept
 
@@ -198,6 +209,7 @@ def _train_one(
             on_start=lambda training, range_: console.say(_introduction(training, range_)),
             on_record=lambda r: bar(r.step, r.steps, f"loss {r.loss:.3f}"),
             sample_every=sample_every,
+            checkpointing=checkpointing,
         )
 
 
@@ -210,6 +222,7 @@ def _train_many(
     folder: Path,
     at_once: int | None,
     slots: dict[str, int] | None,
+    checkpointing: "Checkpointing",
 ) -> list["TrainResult"]:
     from sbora_diffusion.group_jobs import train_concepts
 
@@ -225,6 +238,7 @@ def _train_many(
             slots=slots,
             on_start=lambda size: console.say(f"{len(subjects)} subjects, {size} at once, {what}"),
             on_step=lambda done, total, loss: bar(done, total, f"loss {loss:.3f}"),
+            checkpointing=checkpointing,
         )
 
 

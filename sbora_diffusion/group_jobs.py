@@ -4,8 +4,18 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from sbora_diffusion.checkpointing import (
+    NONE,
+    Checkpointing,
+    Resumable,
+    checkpoint_folder,
+    discard,
+    resumed_slots,
+)
+from sbora_diffusion.core.checkpoints import CheckpointFolder
 from sbora_diffusion.core.concept import Concept, write_concept
 from sbora_diffusion.core.errors import ConfigError, ConflictError
 from sbora_diffusion.diffusion.bases import Base
@@ -14,7 +24,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.group_training import GroupTraining, shared_settings
 from sbora_diffusion.diffusion.lesson import Lesson
 from sbora_diffusion.jobs import TrainResult, index_widths, train_concept, train_result
-from sbora_diffusion.library import Library
+from sbora_diffusion.library import Library, Reservation
 from sbora_diffusion.outputs import check_concept_output, make_parent
 from sbora_diffusion.reservations import Held, reserved
 
@@ -32,6 +42,7 @@ def train_concepts(
     slots: Mapping[str, int] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    checkpointing: Checkpointing = NONE,
 ) -> list[TrainResult]:
     """Reserve all ranges, train in groups, and write `<folder>/<name>.safetensors` of each.
 
@@ -43,6 +54,8 @@ def train_concepts(
         slots: name → explicit slot, see `jobs.train_concept`; the library's choice by default.
         on_start: called with the size of the groups, before the first trains.
         on_step: called with (steps done, steps in all, mean loss), over all groups.
+        checkpointing: how each group is saved while it trains, and gone on with; those of groups
+            that are finished stay until all are.
 
     Returns:
         What each training gave, in the order of the subjects; the seconds are its group's.
@@ -60,16 +73,19 @@ def train_concepts(
     groups = [subjects[k : k + size] for k in range(0, len(subjects), size)]
     results: list[TrainResult] = []
     widths = index_widths(base, config)
+    places = [_place(folder, group) for group in groups]
+    slots = resumed_slots(checkpointing, places, slots)
+    how = replace(checkpointing, keep_last=len(groups) > 1)
     with reserved(library, base.key, config.variant, names, config.rank, widths, slots) as held:
         if on_start:
             on_start(size)
         for number, group in enumerate(groups):
             report = _reporter(on_step, number, len(groups))
-            if len(group) == 1:
-                results.append(_train_one(base, group[0], config, library, folder, held, report))
-            else:
-                results += _train_group(base, group, config, library, folder, held, report)
+            train = _train_one if len(group) == 1 else _train_group
+            results += train(base, group, config, library, folder, held, report, how)
             held.finished.update(subject.settings.name for subject in group)
+    if how.keep_last:
+        discard(checkpointing, places)
     return results
 
 
@@ -90,22 +106,27 @@ def group_size(base: Base, config: TrainConfig, count: int, at_once: int | None)
 
 def _train_one(
     base: Base,
-    subject: Subject,
+    subjects: Sequence[Subject],
     config: TrainConfig,
     library: Library,
     folder: Path,
     held: Held,
     report: Callable[[int, int, float], None],
-) -> TrainResult:
-    return train_concept(
-        base,
-        subject,
-        config,
-        library=library,
-        output=_file(folder, subject.settings.name),
-        slot=held.ranges[subject.settings.name].slot,
-        on_record=lambda record: report(record.step, record.steps, record.loss),
-    )
+    checkpointing: Checkpointing,
+) -> list[TrainResult]:
+    (subject,) = subjects
+    return [
+        train_concept(
+            base,
+            subject,
+            config,
+            library=library,
+            output=_file(folder, subject.settings.name),
+            slot=held.ranges[subject.settings.name].slot,
+            on_record=lambda record: report(record.step, record.steps, record.loss),
+            checkpointing=checkpointing,
+        )
+    ]
 
 
 def _train_group(
@@ -116,34 +137,41 @@ def _train_group(
     folder: Path,
     held: Held,
     report: Callable[[int, int, float], None],
+    checkpointing: Checkpointing,
 ) -> list[TrainResult]:
-    began, ranges = time.monotonic(), [held.ranges[s.settings.name] for s in subjects]
-    concepts, losses = _learn(base, subjects, config, [r.start for r in ranges], report)
+    began = time.monotonic()
+    ranges = {subject.settings.name: held.ranges[subject.settings.name] for subject in subjects}
+    run = Resumable(checkpointing, _place(folder, subjects), base, subjects, config)
+    with run.as_before():
+        concepts, losses = _learn(run, subjects, ranges, report)
     files = [_file(folder, concept.meta.name) for concept in concepts]
     with library.together() as joined, _written(list(zip(files, concepts, strict=True))):
-        for file, concept, range_ in zip(files, concepts, ranges, strict=True):
+        for file, concept in zip(files, concepts, strict=True):
             meta, token = concept.meta, concept.meta.tokens[0].token
-            if range_.registered:
+            if ranges[meta.name].registered:
                 joined.record(base.key, meta.variant, meta.name, file, meta.digest, token)
+    run.finished()
     seconds = time.monotonic() - began
-    parts = zip(files, concepts, ranges, zip(*losses, strict=True), strict=True)
+    parts = zip(files, concepts, ranges.values(), zip(*losses, strict=True), strict=True)
     return [train_result(f, c.meta.digest, r, list(own), seconds) for f, c, r, own in parts]
 
 
 def _learn(
-    base: Base,
+    run: Resumable,
     subjects: Sequence[Subject],
-    config: TrainConfig,
-    starts: Sequence[int],
+    ranges: Mapping[str, Reservation],
     report: Callable[[int, int, float], None],
 ) -> tuple[list[Concept], list[tuple[float, ...]]]:
     """The concepts, and the losses of each step."""
-    lessons = [Lesson(base, s, config, start) for s, start in zip(subjects, starts, strict=True)]
-    training, losses = GroupTraining(base, lessons), []
+    base, config = run.base, run.config
+    lessons = [Lesson(base, s, config, ranges[s.settings.name].start) for s in subjects]
+    training = GroupTraining(base, lessons)
     try:
-        for record in training.steps():
-            losses.append(record.losses)
-            report(record.step, record.steps, record.loss)
+        losses = run.run(
+            training,
+            {name: range_.slot for name, range_ in ranges.items()},
+            lambda record: report(record.step, record.steps, record.loss),
+        )
         return training.concepts(), losses
     finally:
         training.close()
@@ -180,3 +208,8 @@ def _reporter(
 
 def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
+
+
+def _place(folder: Path, group: Sequence[Subject]) -> CheckpointFolder:
+    """Where the checkpoints of a group lie: beside its first concept file."""
+    return checkpoint_folder(_file(folder, group[0].settings.name), len(group) - 1)

@@ -7,6 +7,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from sbora_diffusion.checkpointing import (
+    NONE,
+    Checkpointing,
+    Resumable,
+    checkpoint_folder,
+    resumed_slots,
+)
 from sbora_diffusion.core.concept import Concept, write_concept
 from sbora_diffusion.core.errors import ConfigError, ConflictError
 from sbora_diffusion.core.fingerprint import compare
@@ -79,6 +86,7 @@ def train_concept(
     sample_every: int = 0,
     sample_prompts: Sequence[str] = (),
     sample_dir: Path | None = None,
+    checkpointing: Checkpointing = NONE,
 ) -> TrainResult:
     """Reserve a range, train, write the concept file, note it in the library.
 
@@ -89,9 +97,11 @@ def train_concept(
         sample_every: draw pictures every so many steps, 0 for none.
         sample_prompts: of those pictures; "a photo of <token>" by default.
         sample_dir: where they go, `<output stem>.samples` beside the output by default.
+        checkpointing: how the training is saved while it runs, and gone on with; not at all by
+            default.
 
     Raises:
-        SboraError: nothing is written, and the library is as it was before.
+        SboraError: nothing but checkpoints is written, and the library is as it was before.
     """
     began = time.monotonic()
     subject = subject if isinstance(subject, Subject) else read_subject(subject)
@@ -104,20 +114,26 @@ def train_concept(
         config.seed,
     )
     name, widths = subject.settings.name, index_widths(base, config)
-    slots = None if slot is None else {name: slot}
-    with reserved(library, base.key, config.variant, [name], config.rank, widths, slots) as held:
+    place = checkpoint_folder(output)
+    run = Resumable(checkpointing, place, base, [subject], config)
+    slots = resumed_slots(checkpointing, [place], None if slot is None else {name: slot})
+    with (
+        run.as_before(),
+        reserved(library, base.key, config.variant, [name], config.rank, widths, slots) as held,
+    ):
         reservation = held.ranges[name]
         training = ConceptTraining(base, subject, config, reservation.start)
         try:
             if on_start:
                 on_start(training, reservation)
-            losses = _run(training, samples, on_record)
+            losses = _run(run, training, reservation.slot, samples, on_record)
             make_parent(output)
             digest = write_concept(output, training.concept())
         finally:
             training.close()
         if reservation.registered:
             library.record(base.key, config.variant, name, output, digest, token)
+    run.finished()
     return train_result(output, digest, reservation, losses, time.monotonic() - began)
 
 
@@ -190,18 +206,24 @@ def _register(
 
 
 def _run(
-    training: ConceptTraining, samples: Samples, on_record: Callable[[StepRecord], None] | None
+    run: Resumable,
+    training: ConceptTraining,
+    slot: int,
+    samples: Samples,
+    on_record: Callable[[StepRecord], None] | None,
 ) -> list[float]:
-    steps, losses = training.config.steps, []
-    if samples.due(0, steps):
+    steps = training.config.steps
+    if samples.due(0, steps) and not run.found:
         _draw_samples(training.base, samples, 0)
-    for record in training.steps():
-        losses.append(record.loss)
+
+    def report(record: StepRecord) -> None:
         if on_record:
             on_record(record)
         if samples.due(record.step, steps):
             _draw_samples(training.base, samples, record.step)
-    return losses
+
+    slots = {training.subject.settings.name: slot}
+    return [loss for (loss,) in run.run(training, slots, report)]
 
 
 def _draw_samples(base: Base, samples: Samples, step: int) -> None:

@@ -93,12 +93,12 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
     temporary = path.parent / f".sbora-{secrets.token_hex(8)}.tmp"
     try:
         try:
-            _write_durably(temporary, data)
+            write_durably(temporary, data)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise ResourceError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}",
@@ -135,7 +135,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and force it to the disk; its mode follows the umask.
+
+    Raises:
+        OSError: it exists, or cannot be written.
+    """
     # os.open lets the kernel apply the umask, which tempfile's 0600 would not.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
@@ -144,7 +149,8 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)

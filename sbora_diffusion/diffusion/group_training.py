@@ -96,18 +96,21 @@ class GroupTraining(TrainingLoop):
             self._hooks.enter_context(mixed_rows(layers, banks))
 
     @torch.no_grad()
-    def _clip(self, parameters: list[nn.Parameter]) -> None:
-        """Limit the norm of each concept's own gradient, as `clip_grad_norm_` does for one."""
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Limit the norm of each concept's own gradient, as `clip_grad_norm_` does for one; the
+        norms before, (lessons,)."""
         owners = nn.functional.one_hot(self._owners(), len(self.lessons))
         squares = torch.zeros(len(self.lessons), device=self.base.device)
         graded = [(p.grad, p is self.trainable.vectors) for p in parameters if p.grad is not None]
         for grad, tokens in graded:
             own = grad.float().flatten(1).square().sum(1)
             squares += owners.to(own).T @ own if tokens else own
-        share = (self.config.max_gradient_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        norms = squares.sqrt()
+        share = (self.config.max_gradient_norm / (norms + 1e-6)).clamp(max=1.0)
         for grad, tokens in graded:
             factor = owners.to(share) @ share if tokens else share
             grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
+        return norms
 
     def _owners(self) -> Tensor:
         """(vectors,): whose placeholder each trained vector belongs to; see `PlaceholderTokens`."""

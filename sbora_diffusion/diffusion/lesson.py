@@ -57,10 +57,14 @@ class Mindful:
     rows: int
     share: float
 
+    @property
+    def generator(self) -> Generator:
+        return self.own.generator
+
     def draw(self, objective: Objective, batch_size: int) -> tuple[Draw, list[str]]:
         """The next batch, of batch_size + rows; its weighted mean is the sum of both losses."""
         own, words = self.own.draw(objective, batch_size)
-        others, captions = self.preserved.draw(self.rows, self.own.generator)
+        others, captions = self.preserved.draw(self.rows, self.generator)
         total = batch_size + self.rows
         own = own._replace(weight=own.weight * total / batch_size)
         others = others._replace(weight=others.weight * self.share * total / self.rows)

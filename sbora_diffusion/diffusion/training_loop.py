@@ -6,19 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
+from sbora_diffusion.core.checkpoints import Content
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once, device_obstacle
 from sbora_diffusion.diffusion.lesson import Lesson, Mindful, Stream
 from sbora_diffusion.diffusion.noise import Draw, Objective
+from sbora_diffusion.diffusion.state import Batch, Feed, TrainingState
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens, read_texts
 
 
@@ -41,16 +43,6 @@ class StepRecord:
     losses: tuple[float, ...] = ()
 
 
-class Batch(NamedTuple):
-    """What one pass learns from, on the CPU: rows of the lessons in order, as many of each."""
-
-    ids: Tensor  # (B, words)
-    latents: Tensor  # (B, C, H, W)
-    noise: Tensor  # (B, C, H, W)
-    timesteps: Tensor  # (B,)
-    weight: Tensor  # (B,)
-
-
 class TrainingLoop(ABC):
     """Lessons that are learned together, each from its own stream of batches.
 
@@ -63,6 +55,8 @@ class TrainingLoop(ABC):
 
     Attributes:
         obstacle: why forward and backward pass are not replayed as a CUDA graph; None if they are.
+        resumed: set before the steps begin, the state that they go on from.
+        state: once the steps have begun, all that decides those that follow.
 
     Raises:
         ConflictError: a placeholder is in the base's vocabulary; nothing was changed.
@@ -72,6 +66,8 @@ class TrainingLoop(ABC):
         self.base, self.lessons, self.config = base, lessons, lessons[0].config
         self.accelerator = _accelerator(base, self.config)
         self.obstacle = self._obstacle()
+        self.resumed: Content | None = None
+        self.state: TrainingState | None = None
         self._token_ids = cache(self._encoded)
         self._attach()
 
@@ -87,9 +83,10 @@ class TrainingLoop(ABC):
     def _take_out(self) -> None:
         """Remove the factors; may be called again."""
 
-    def _clip(self, parameters: list[nn.Parameter]) -> None:
-        """Limit the norm of the gradient, where a step is due."""
-        self.accelerator.clip_grad_norm_(parameters, self.config.max_gradient_norm)
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Limit the norm of the gradient, where a step is due; the norm before, of each lesson or
+        of all."""
+        return self.accelerator.clip_grad_norm_(parameters, self.config.max_gradient_norm)
 
     def _after_step(self) -> None:  # noqa: B027 - most have nothing to do here
         """Called after each optimizer step."""
@@ -118,10 +115,12 @@ class TrainingLoop(ABC):
         self.base.pipeline.text_encoder.train(on)
 
     def steps(self) -> Iterator[StepRecord]:
-        """Train; one record after each optimizer step.
+        """Train; one record after each optimizer step, of those that `resumed` has not done.
 
         Raises:
-            NonFiniteError: a loss became NaN or infinite.
+            NonFiniteError: a loss, a gradient or what is trained became NaN or infinite; in the
+                step in which it did, or the next one.
+            FormatError: `resumed` is another training's.
         """
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(config.seed)  # dropout draws from the global generator
@@ -130,37 +129,50 @@ class TrainingLoop(ABC):
             self.base.pipeline.scheduler.config, config.noise_offset, config.min_snr_gamma
         )
         groups = self._parameter_groups()
+        parameters = [p for group in groups for p in group["params"]]
         optimizer = torch.optim.AdamW(
             groups, betas=(0.9, 0.99), weight_decay=config.weight_decay,
             fused=self.base.device.type == "cuda" or None,
         )  # fmt: skip
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        generators = [own.generator for own, *_ in streams]
+        feed = Feed(partial(self._batches, objective, streams), generators)
+        state = self._begun(TrainingState(parameters, optimizer, accelerator.scaler, feed))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate, state.step - 1)
         unet, text_encoder, optimizer = accelerator.prepare(
             self.base.pipeline.unet, self.base.pipeline.text_encoder, optimizer
         )
-        parameters = [p for group in groups for p in group["params"]]
         learn = self._recorded(partial(self._learn, unet, text_encoder, objective), parameters)
-        batches = self._batches(objective, streams)
-        for step in range(1, config.steps + 1):
+        for step in range(state.step + 1, config.steps + 1):
             began, totals = time.monotonic(), [0.0] * len(streams)
             self._train_mode(True)
             for _ in range(config.gradient_accumulation):
                 with accelerator.accumulate(unet):
-                    losses = torch.stack([learn(*batch) for batch in batches]).sum(0)
-                    batches = self._batches(objective, streams)  # while the device works
-                    for k, loss in enumerate(losses.tolist()):
-                        totals[k] += self._finite(loss, step) / config.gradient_accumulation
-                    if accelerator.sync_gradients:
-                        self._clip(parameters)
+                    losses = torch.stack([learn(*batch) for batch in feed.batches]).sum(0)
+                    feed.draw()  # while the device works
+                    norms = self._clip(parameters) if accelerator.sync_gradients else losses[:0]
+                    for k, loss in enumerate(self._finite(losses, norms, step)):
+                        totals[k] += loss / config.gradient_accumulation
+                    state.whole = not accelerator.sync_gradients
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=learn.obstacle is not None)
             self.obstacle = learn.obstacle
             self._after_step()
             rate = schedule.get_last_lr()[0] / groups[0]["initial_lr"]
             schedule.step()
+            state.completed(step)
             self._train_mode(False)
             mean, seconds = sum(totals) / len(totals), time.monotonic() - began
             yield StepRecord(step, config.steps, mean, rate, seconds, tuple(totals))
+
+    def _begun(self, state: TrainingState) -> TrainingState:
+        """The state before the first step that is due, its batches drawn."""
+        if self.resumed:
+            state.restore(self.resumed)
+            self._after_step()
+        state.feed.draw()
+        state.completed(state.step)
+        self.state = state
+        return state
 
     def _obstacle(self) -> Obstacle | None:
         config = self.config
@@ -228,7 +240,8 @@ class TrainingLoop(ABC):
                 parameter.requires_grad_(group["lr"] > 0)
         if not any(group["lr"] > 0 for group in groups):
             raise ConfigError("all learning rates are 0", "raise rate_unet or rate_tokens")
-        return [group for group in groups if group["lr"] > 0]
+        # Where the schedule does not begin at its first step, it asks for the rates of that one.
+        return [{**group, "initial_lr": group["lr"]} for group in groups if group["lr"] > 0]
 
     def _rate(self, step: int) -> float:
         config = self.config
@@ -237,13 +250,25 @@ class TrainingLoop(ABC):
             return warm
         return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
-    def _finite(self, loss: float, step: int) -> float:
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"the loss became {loss} at step {step}",
-                "lower rate_unet and rate_tokens, or use mixed_precision = 'no'",
-            )
-        return loss
+    def _finite(self, losses: Tensor, norms: Tensor, step: int) -> list[float]:
+        """The losses; with the norms in one transfer, since each waits for the device."""
+        values = torch.cat([losses, norms.view(-1).to(losses)]).tolist()
+        found, norms_found = values[: len(losses)], values[len(losses) :]
+        if bad := [loss for loss in found if not math.isfinite(loss)]:
+            raise self._broken("the loss", bad[0], step)
+        scaled = self.config.mixed_precision == "fp16"  # its scaler leaves such steps out by itself
+        if bad := [norm for norm in norms_found if not math.isfinite(norm) and not scaled]:
+            raise self._broken("the gradient's norm", bad[0], step)
+        return found
+
+    def _broken(self, what: str, value: float, step: int) -> NonFiniteError:
+        assert self.state
+        if not self.state.finite():
+            what = f"what was trained is no longer finite, and {what}"
+        return NonFiniteError(
+            f"{what} became {value} at step {step}",
+            "lower rate_unet and rate_tokens, or use mixed_precision = 'no'",
+        )
 
     def close(self) -> None:
         """Give the base back without factors and placeholders."""

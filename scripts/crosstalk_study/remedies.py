@@ -75,13 +75,13 @@ class Remedied(GroupTraining):
         for name, white in self._white.items():
             object.__setattr__(self.banks[name], "factor", self._free[name] @ white)
 
-    def _clip(self, parameters: list[nn.Parameter]) -> None:
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
         self._steps_done += 1
         if self._steps_done <= self._recipe.alone:
             for free in self._free.values():
                 if free.grad is not None:
                     free.grad.zero_()
-        super()._clip(parameters)
+        return super()._clip(parameters)
 
     @torch.no_grad()
     def _layers(self, entry: int, lesson: Lesson) -> dict[str, LayerFactor]:

@@ -1,0 +1,222 @@
+"""Checkpoints: folders that appear whole, and are read only if every byte is what was written.
+
+A checkpoint is a folder with `state.json`, a `.safetensors` file for each table of tensors, and
+`manifest.json` with the size and SHA-256 of each of them and its own digest. It is made under a
+temporary name: files are written and forced to the disk, the manifest last, then the folder gets
+its name in one rename. A process that is killed at any point leaves the checkpoints before it.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.core.errors import FormatError, IntegrityError, NonFiniteError
+from sbora_diffusion.core.folders import TEMPORARY, write_folder
+from sbora_diffusion.core.storage import canonical_json, decode, encode, strict_json, write_durably
+
+FORMAT = 1
+KEPT = 2
+STATE, MANIFEST = "state.json", "manifest.json"
+
+_NAME = re.compile(r"\d{6,}_step_\d+")
+_FILE = re.compile(r"[a-z]+\.(json|safetensors)")
+_STALE = re.compile(re.escape(TEMPORARY).replace(r"\{\}", r"(\d+)") + ".*")
+_REMEDY = "delete that checkpoint, or start anew without --resume"
+
+
+class Content(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        document: as JSON can hold it.
+        tensors: table → name → fp32, fp16, bf16 or int32 of one to four dimensions, none empty.
+    """
+
+    document: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+class CheckpointFolder:
+    """The checkpoints of one piece of work, the newest `KEPT` of them.
+
+    Those that another process left are kept until this one has written one of its own, or has read
+    one: what it goes on from counts as its own.
+
+    Args:
+        root: the folder that they lie in; it is made when the first is written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._own: list[Path] = []
+
+    def paths(self) -> list[Path]:
+        """The checkpoints in the order in which they were written, whole or damaged."""
+        found = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_number)
+
+    def write(self, step: int, content: Content) -> Path:
+        """Add a checkpoint, then drop those before the newest.
+
+        Raises:
+            NonFiniteError: a tensor is not finite; nothing is written.
+            ResourceError: it cannot be written; the older ones are untouched.
+        """
+        files = _encoded(content)
+        before = self.paths()
+        number = _number(before[-1]) + 1 if before else 1
+        path = self.root / f"{number:06d}_step_{step}"
+        write_folder(path, partial(_fill, files))
+        self._own = [*self._own, path][-KEPT:]
+        for old in before:
+            if old not in self._own:
+                self._drop(old)
+        return path
+
+    def newest(self, tell: Callable[[str], None]) -> Content | None:
+        """The newest checkpoint that is whole; None if there is none at all.
+
+        Args:
+            tell: is told what is wrong with each newer one.
+
+        Raises:
+            IntegrityError: none is whole; names the first file at fault in the newest.
+            FormatError: it was written by a version with another format.
+        """
+        first: IntegrityError | None = None
+        for path in reversed(self.paths()):
+            try:
+                content = read_checkpoint(path)
+            except IntegrityError as error:
+                tell(f"{error.problem}; the checkpoint before it is looked at")
+                first = first or error
+                continue
+            self._own = [path]
+            return content
+        if first:
+            raise first
+        return None
+
+    def sweep(self) -> None:
+        """Remove what processes that are gone left half-written."""
+        for entry in self.root.iterdir() if self.root.is_dir() else ():
+            stale = _STALE.fullmatch(entry.name)
+            if stale and not _runs(int(stale[1])):
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove all checkpoints, and the folder if nothing else is in it."""
+        for path in self.paths():
+            self._drop(path)
+        self.sweep()
+        with suppress(OSError):
+            self.root.rmdir()
+
+    def _drop(self, path: Path) -> None:
+        """Under a temporary name first: no half of it is ever read."""
+        doomed = path.with_name(TEMPORARY.format(os.getpid()) + path.name)
+        with suppress(OSError):
+            path.replace(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_checkpoint(path: Path) -> Content:
+    """Read one checkpoint completely.
+
+    Raises:
+        IntegrityError: names the file that is missing, cut off or changed.
+        FormatError: its format is another version's.
+    """
+    files = _manifest(path / MANIFEST)
+    for name, entry in files.items():
+        _verify(path / name, entry)
+    document = strict_json((path / STATE).read_text(encoding="utf-8"))
+    tables = sorted(name for name in files if name != STATE)
+    return Content(document, {name.partition(".")[0]: decode(path / name)[0] for name in tables})
+
+
+def _encoded(content: Content) -> dict[str, bytes]:
+    """File name → bytes, the manifest last."""
+    files = {STATE: canonical_json(content.document).encode()}
+    for table, tensors in content.tensors.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"{table} {name} is not finite and is not saved")
+        files[f"{table}.safetensors"] = encode(tensors, {})
+    entries = {name: _entry(data) for name, data in files.items()}
+    files[MANIFEST] = canonical_json(_sealed(entries, FORMAT)).encode()
+    return files
+
+
+def _fill(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        write_durably(folder / name, data)
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+
+
+def _sealed(entries: Mapping[str, Any], version: Any) -> dict[str, Any]:
+    body = {"files": dict(entries), "format": version}
+    return {**body, "sha256": hashlib.sha256(canonical_json(body).encode()).hexdigest()}
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="ascii")
+        found = strict_json(text)
+        files, version = found["files"], found["format"]
+        whole = text == canonical_json(_sealed(files, version))
+    except FileNotFoundError as error:
+        raise _damaged(path, "missing") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, "damaged") from error
+    if not whole:
+        raise _damaged(path, "damaged")
+    if version != FORMAT or STATE not in files or not all(map(_FILE.fullmatch, files)):
+        raise FormatError(f"{path} has format {version!r}, {FORMAT} is read", _REMEDY)
+    return files
+
+
+def _verify(path: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise _damaged(path, "missing") from error
+    except OSError as error:
+        raise _damaged(path, f"unreadable ({error.strerror})") from error
+    if len(data) != entry["size"]:
+        raise _damaged(path, f"cut off or extended: {entry['size']} bytes, found {len(data)}")
+    if _entry(data) != entry:
+        raise _damaged(path, f"changed: SHA-256 {entry['sha256'][:12]}… does not hold")
+
+
+def _damaged(path: Path, how: str) -> IntegrityError:
+    return IntegrityError(f"{path} is {how}", _REMEDY)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("_")[0])
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is there; where that cannot be asked, none is."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

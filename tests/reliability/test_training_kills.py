@@ -1,0 +1,93 @@
+"""A training that is killed anywhere and resumed gives the file of one that was not."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.training_kills import Ending, Plan, endings
+
+HARD = {
+    "steps": 22, "dropout": 0.3, "gradient_accumulation": 2, "schedule": "cosine", "vectors": 2,
+    "noise_offset": 0.1, "rate_text_encoder": 2e-3,
+}  # fmt: skip
+PRIOR = {"preservation": 1.0, "prior_weight": 0.5, "prior_images": 1, "gradient_accumulation": 2}
+GROUP = ("plushbear", "baseballcap")
+
+
+def with_resumption(plan: Plan) -> list[Plan]:
+    return [plan, dataclasses.replace(plan, resume=True, step=0, call=0)]
+
+
+def in_folders(tmp_path: Path, plans: list[Plan]) -> list[Plan]:
+    """The whole training, then each that is killed and its resumption, in one folder each."""
+    whole = dataclasses.replace(plans[0], folder=str(tmp_path / "whole"), every=0, step=0, call=0)
+    placed = [
+        dataclasses.replace(plan, folder=str(tmp_path / str(number)))
+        for number, plan in enumerate(plans)
+    ]
+    return [whole, *(part for plan in placed for part in with_resumption(plan))]
+
+
+def resumed_from(ending: Ending) -> int:
+    """The step that a resumption says it goes on from."""
+    said = [line for line in ending.told if line.startswith("going on from step")]
+    return int(said[0].split()[4]) if said else 0
+
+
+def exact(tmp_path: Path, plans: list[Plan]) -> int:
+    """How many died; all of them were resumed exactly, and lost one interval at most."""
+    whole, *pairs = endings(in_folders(tmp_path, plans))
+    assert whole.status == 0 and whole.digests
+    deaths = 0
+    for plan, died, resumed in zip(plans, pairs[::2], pairs[1::2], strict=True):
+        assert died.status in (-9, 0) and (died.status == -9 or plan.call)
+        assert (resumed.status, resumed.digests) == (0, whole.digests), (plan, resumed.told)
+        if died.status == -9:
+            deaths += 1
+            assert died.steps - resumed_from(resumed) <= plan.every, (plan, resumed.told)
+    left = [entry.name for entry in tmp_path.rglob("*checkpoints*")]
+    assert left == [] and not list(tmp_path.rglob(".sbora-*"))
+    return deaths
+
+
+def test_a_training_that_is_killed_is_resumed_exactly(tmp_path):
+    hard = {**HARD, "steps": 4}
+    plans = [Plan("", config=hard, every=2, step=3)]
+    assert exact(tmp_path, plans) == 1
+
+
+def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(tmp_path):
+    plans = [Plan("", config={"steps": 3}, call=call) for call in (6, 15, 22, 31)]
+    assert exact(tmp_path, plans) == len(plans)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("what", "plan"),
+    [
+        ("dropout, accumulation, cosine", Plan("", config=HARD, every=4)),
+        ("folded FB", Plan("", config={"steps": 5, "variant": "fb"}, every=2)),
+        ("two paths, FB", Plan("", config={"steps": 5, "variant": "fb", "dropout": 0.2}, every=2)),
+        ("group", Plan("", GROUP, {"steps": 5, "gradient_accumulation": 2}, every=2)),
+        ("prior, preservation", Plan("", config={"steps": 5, **PRIOR}, every=2)),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_killed_after_each_step_it_is_resumed_exactly(tmp_path, what, plan, capsys):
+    steps = range(1, plan.config["steps"])
+    kills = exact(tmp_path, [dataclasses.replace(plan, step=step) for step in steps])
+    assert kills == len(steps)
+    with capsys.disabled():
+        print("\n" + json.dumps({"training": what, "kills": kills, "resumes_exact": kills}))
+
+
+@pytest.mark.reliability
+def test_killed_at_each_call_of_its_saves_it_is_resumed_exactly(tmp_path, capsys):
+    most = 80
+    plans = [Plan("", config={"steps": 4}, call=call) for call in range(1, most + 1)]
+    kills = exact(tmp_path, plans)
+    assert 45 <= kills < most, "all calls of three saves and of their removal are among these"
+    with capsys.disabled():
+        print("\n" + json.dumps({"calls_killed": kills, "resumes_exact": kills}))

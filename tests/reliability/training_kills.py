@@ -1,0 +1,201 @@
+"""Trainings that die by SIGKILL: at a step, or at one of the system calls of a save.
+
+`endings` runs them in a process of their own with one thread, which loads a thin base once and
+forks for each training.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sbora_diffusion.checkpointing import Checkpointing
+from sbora_diffusion.core import storage
+from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.concepts import read_subject
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.group_jobs import train_concepts
+from sbora_diffusion.jobs import train_concept
+from sbora_diffusion.library import Library
+from tests.diffusion.thin_pocket import thin_pocket
+
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "steps": 4, "copies": 1, "batch_size": 1, "resolution": 32, "warmup_steps": 3, "rank": 2,
+    "preservation": 0.0,
+}  # fmt: skip
+CALLS = ("fsync", "replace", "mkdir", "chmod", "unlink", "rmdir")
+
+
+@dataclass
+class Plan:
+    """One training in a folder of its own, with a library of its own.
+
+    Attributes:
+        names: one subject trains alone, several in a group.
+        step: die when so many steps are done.
+        call: die at this call that changes a file, counted from the beginning of the first save.
+    """
+
+    folder: str
+    names: tuple[str, ...] = ("plushbear",)
+    config: dict[str, Any] = field(default_factory=dict)
+    every: int = 1
+    resume: bool = False
+    step: int = 0
+    call: int = 0
+
+
+@dataclass
+class Ending:
+    """How a training ended.
+
+    Attributes:
+        status: -9 for SIGKILL, else an exit status.
+        steps: how many were done, over all trainings in this folder up to now.
+        told: what the user was told.
+        digests: SHA-256 of the concept files.
+    """
+
+    status: int
+    steps: int
+    told: list[str]
+    digests: list[str]
+
+
+def endings(plans: Sequence[Plan]) -> list[Ending]:
+    """Train one after another."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.reliability.training_kills"],
+        input=json.dumps([asdict(plan) for plan in plans]),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return [Ending(**ending) for ending in json.loads(finished.stdout.splitlines()[-1])]
+
+
+def train(
+    base: Base, plan: Plan, told: list[str], on_step: Callable[[int], None] = lambda _: None
+) -> None:
+    """One training in this process."""
+    how = Checkpointing(plan.every, plan.resume, told.append, told.append)
+    folder, config = Path(plan.folder), TrainConfig(**{**TINY, **plan.config})
+    library = Library(folder / "library.sqlite3")
+    subjects = [read_subject(ROOT / "concepts" / name) for name in plan.names]
+    if len(subjects) > 1:
+        train_concepts(
+            base, subjects, config, library=library, folder=folder, at_once=len(subjects),
+            on_step=lambda step, *_: on_step(step), checkpointing=how,
+        )  # fmt: skip
+        return
+    train_concept(
+        base, subjects[0], config, library=library, output=folder / f"{plan.names[0]}.safetensors",
+        on_record=lambda record: on_step(record.step), checkpointing=how,
+    )  # fmt: skip
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _forked(base: Base, plan: Plan) -> Ending:
+    folder = Path(plan.folder)
+    folder.mkdir(exist_ok=True)
+    notes = folder / "told.json"
+    notes.unlink(missing_ok=True)
+    process = os.fork()
+    if process == 0:
+        os._exit(_child(base, plan, notes))
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    told = json.loads(notes.read_text()) if notes.exists() else []
+    done = folder / "steps.txt"
+    steps = int(done.read_text()) if done.exists() else 0
+    files = sorted(folder.glob("*.safetensors"))
+    return Ending(status, steps, told, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
+
+
+def _child(base: Base, plan: Plan, notes: Path) -> int:
+    told: list[str] = []
+
+    def on_step(step: int) -> None:
+        (notes.parent / "steps.txt").write_text(str(step))
+        if plan.step == step:
+            _die()
+
+    try:
+        with _counted_calls(plan.call):
+            train(base, plan, told, on_step)
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        notes.write_text(json.dumps(told))
+
+
+@contextmanager
+def _counted_calls(last: int) -> Iterator[None]:
+    """Die at the call of this number; a write dies halfway, other calls before they act."""
+    count, begun, make = 0, False, tempfile.mkdtemp
+
+    def due() -> bool:
+        nonlocal count
+        count += begun
+        return begun and count == last
+
+    def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            if due():
+                _die()
+            return call(*args, **options)
+
+        return called
+
+    def opened(descriptor: int | Path, mode: str, *rest: Any) -> Any:
+        if "w" in mode and due():
+            assert isinstance(descriptor, int)
+            os.write(descriptor, b"half of it")
+            _die()
+        return open(descriptor, mode, *rest)
+
+    def begin(*args: Any, **options: Any) -> str:
+        nonlocal begun
+        begun = True
+        return make(*args, **options)
+
+    originals = {name: getattr(os, name) for name in CALLS}
+    tempfile.mkdtemp, storage.open = begin, opened  # type: ignore[assignment,attr-defined]
+    try:
+        for name, call in originals.items():
+            setattr(os, name, deadly(call))
+        yield
+    finally:
+        tempfile.mkdtemp = make
+        del storage.open  # type: ignore[attr-defined]
+        for name, call in originals.items():
+            setattr(os, name, call)
+
+
+def _main() -> None:
+    torch.set_num_threads(1)
+    plans = [Plan(**given) for given in json.load(sys.stdin)]
+    base = thin_pocket(load_base("pocket", "cpu"))
+    print(json.dumps([asdict(_forked(base, plan)) for plan in plans]))
+
+
+if __name__ == "__main__":
+    _main()
