@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test test-reliability check audit clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sbora demo --out outputs/demo
@@ -12,10 +12,16 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
-check: $(VENV)/.ready-dev
+test-reliability: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability
+
+check: $(VENV)/.ready-dev audit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.ready-dev
+	@$(BIN)/python scripts/audit_dependencies.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

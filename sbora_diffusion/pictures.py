@@ -63,7 +63,7 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None
 def read_prompt(path: Path) -> str | None:
     """The prompt that `save_png` noted in a picture; None if there is none that can be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             prompt = json.loads(image.info["sbora"])["prompt"]
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError):
         return None

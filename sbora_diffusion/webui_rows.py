@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import gradio as gr
-from PIL import Image
 
 from sbora_diffusion.cards import Card
+from sbora_diffusion.core.errors import DataError
+from sbora_diffusion.diffusion.dataset import open_image
 from sbora_diffusion.studio import MAX_WEIGHT
 
 ROW_CSS = """
@@ -89,10 +90,10 @@ def _card_html(card: Card) -> str:
 def _thumbnail(path: Path) -> str:
     """A small JPEG in base64, "" if the file is no picture."""
     try:
-        with Image.open(path) as image:
-            image.thumbnail((128, 128))
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=85)
-    except (OSError, Image.DecompressionBombError):
+        image = open_image(path)
+    except DataError:
         return ""
+    image.thumbnail((128, 128))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -134,7 +134,9 @@ def decode_concept(tensors: Mapping[str, torch.Tensor], document: Any) -> Concep
             "copy or download it again",
         )
     layers, embeddings = _grouped(tensors)
-    concept = Concept(_meta(document, sorted(layers)), layers, embeddings)
+    meta = _meta(document, sorted(layers))
+    _refuse_other_spellings(document, meta)
+    concept = Concept(meta, layers, embeddings)
     validate_concept(concept)
     return concept
 
@@ -197,7 +199,11 @@ def _meta(document: dict[str, Any], layers: list[str]) -> ConceptMeta:
     if not isinstance(digits, str) or not isinstance(widths, list):
         raise FormatError("the document has no fingerprint or no widths", _REMEDY)
     if len(digits) != len(layers) * LAYER_DIGITS or len(widths) != len(layers):
-        raise FormatError(f"the document does not describe {len(layers)} layers", _REMEDY)
+        described = f"{len(digits) // LAYER_DIGITS} fingerprints and {len(widths)} widths"
+        raise FormatError(
+            f"the file has {len(layers)} layers, first {layers[:3]}, its document {described}",
+            _REMEDY,
+        )
     chunks = [digits[i : i + LAYER_DIGITS] for i in range(0, len(digits), LAYER_DIGITS)]
     per_layer = {
         "fingerprint": dict(zip(layers, chunks, strict=True)),
@@ -209,6 +215,14 @@ def _meta(document: dict[str, Any], layers: list[str]) -> ConceptMeta:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "range"
         raise FormatError(f"{field[:200]} in the document: {first['msg']}", _REMEDY) from error
+
+
+def _refuse_other_spellings(document: dict[str, Any], meta: ConceptMeta) -> None:
+    """Pydantic reads "4" and 4.0 as 4; a file says one thing in one way."""
+    own = _document(meta)
+    for key, value in document.items():
+        if key != "digest" and canonical_json(value) != canonical_json(own[key]):
+            raise FormatError(f"{key} in the document must be {own[key]!r:.200}", _REMEDY)
 
 
 def _parse(metadata: Mapping[str, str]) -> Any:

@@ -1,8 +1,9 @@
 """Folders that appear whole or not at all."""
 
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ TEMPORARY = ".sbora-{}-"
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder whose content `fill` writes, all of it or nothing; its mode follows the umask.
 
-    Names are forced to the disk, those in the folder before its own; bytes are `fill`'s affair.
+    All is forced to the disk, what is in the folder before its own name.
 
     Raises:
         ConflictError: the folder exists and is not empty.
@@ -28,13 +29,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise ConflictError(f"{folder} exists and is not empty", "give another --output")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=TEMPORARY.format(os.getpid()), dir=folder.parent))
+        name = TEMPORARY.format(os.getpid()) + secrets.token_hex(8)
+        unfinished = folder.parent / name
+        unfinished.mkdir()  # tempfile's would be 0700 whatever the umask
     except OSError as error:
         raise ResourceError(f"{folder} cannot be written: {error.strerror}") from error
     try:
         fill(unfinished)
-        unfinished.chmod(0o777 & ~_umask())
-        sync_folder(unfinished)
+        _settle(unfinished)
         os.replace(unfinished, folder)
         sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -44,7 +46,15 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _settle(folder: Path) -> None:
+    """Force all files to the disk, with the mode that the umask gives; the safetensors library
+    leaves 0600."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            path.chmod(mode)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)

@@ -27,7 +27,7 @@ def renamed(concept: Concept, tokens: Mapping[str, str], name: str | None = None
     if unknown := sorted(tokens.keys() - set(own)):
         raise ConfigError(f"{concept.meta.name!r} has no token {unknown[0]!r}", f"it has {own}")
     document = concept.meta.model_dump()
-    document["name"] = name or concept.meta.name
+    document["name"] = concept.meta.name if name is None else name
     for entry in document["tokens"]:
         entry["token"] = tokens.get(entry["token"], entry["token"])
     try:

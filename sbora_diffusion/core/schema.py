@@ -17,7 +17,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 """A concept's name: also a folder's, an adapter's and a region's, hence no dots and no slashes."""
 TOKEN_PATTERN = r"^<[a-z0-9_-]{1,62}>$"
 HUB_ID_PATTERN = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
-EMBEDDING_KEY = re.compile(r"([a-z][a-z0-9_]*)\.(<[a-z0-9_-]{1,62}>)")
+EMBEDDING_KEY = re.compile(r"(text_encoder(?:_[23])?)\.(<[a-z0-9_-]{1,62}>)")
 LAYER_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 EXTRAS = frozenset({"bias"})
 """Tensors that a recipe may add to a layer, by name; `bias` has one entry per output."""
@@ -136,6 +136,7 @@ def validate_concept(concept: Concept) -> None:
     if not concept.layers:
         raise FormatError("no layer is adapted", _REMEDY)
     check_capacity(meta.widths, meta.start, meta.stop)
+    _check_shapes(concept)
     for layer in sorted(concept.layers):
         _check_layer(layer, concept.layers[layer], meta)
     _check_embeddings(concept)
@@ -169,7 +170,7 @@ def _check_layer(layer: str, stored: LayerFactor, meta: ConceptMeta) -> None:
     if not LAYER_NAME.fullmatch(layer):
         raise FormatError(f"{layer[:200]!r} is not a layer name", _REMEDY)
     width = meta.widths[layer]
-    _check_factor(layer, stored.factor, meta)
+    _check_floats(f"factor of {layer!r}", stored.factor)
     expected = indices_for(layer, width, meta.start, meta.stop, meta.allocation_seed)
     if stored.indices.dtype != torch.int32 or not torch.equal(stored.indices.cpu(), expected):
         raise FormatError(
@@ -188,14 +189,19 @@ def _check_layer(layer: str, stored: LayerFactor, meta: ConceptMeta) -> None:
         _check_floats(f"{layer}.{name}", extra)
 
 
-def _check_factor(layer: str, factor: torch.Tensor, meta: ConceptMeta) -> None:
-    side = 1 if meta.variant == "fa" else 0
-    if factor.dim() != 2 or factor.shape[side] != meta.rank or not factor.numel():
-        expected = f"(out, {meta.rank})" if side else f"({meta.rank}, in)"
+def _check_shapes(concept: Concept) -> None:
+    rank, side = concept.meta.rank, 1 if concept.meta.variant == "fa" else 0
+    found = {layer: tuple(stored.factor.shape) for layer, stored in concept.layers.items()}
+    wrong = [
+        x for x, shape in found.items() if len(shape) != 2 or shape[side] != rank or 0 in shape
+    ]
+    if wrong:
+        first, expected = min(wrong), f"(out, {rank})" if side else f"({rank}, in)"
         raise FormatError(
-            f"factor of {layer!r} must have shape {expected}, has {tuple(factor.shape)}", _REMEDY
+            f"factor of {first[:200]!r} must have shape {expected}, has {found[first]}; "
+            f"{len(wrong)} of {len(found)} factors do not fit",
+            _REMEDY,
         )
-    _check_floats(f"factor of {layer!r}", factor)
 
 
 def _check_embeddings(concept: Concept) -> None:

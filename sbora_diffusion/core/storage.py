@@ -106,6 +106,17 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
         ) from error
 
 
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def canonical_json(document: Any, sort: bool = True) -> str:
     """Compact JSON in ASCII; refuses NaN, infinity and too deep nesting with a ValueError."""
     try:
@@ -147,17 +158,6 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _regular_size(path: Path) -> int:

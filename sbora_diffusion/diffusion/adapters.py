@@ -175,13 +175,18 @@ def refuse_misfits(pipeline: StableDiffusionPipeline, concept: Concept) -> None:
     """Raise FormatError if a factor does not have the shape of its layer."""
     side = 0 if concept.meta.variant == "fa" else 1
     bases = target_layers(pipeline)
-    for name, layer in concept.layers.items():
-        if name in bases and layer.factor.shape[side] != bases[name].weight.shape[side]:
-            raise FormatError(
-                f"concept {concept.meta.name!r}: the factor of {name!r} has shape "
-                f"{tuple(layer.factor.shape)}, the layer {tuple(bases[name].weight.shape)}",
-                "get the concept file again from its author",
-            )
+    wrong = [
+        name
+        for name, layer in sorted(concept.layers.items())
+        if name in bases and layer.factor.shape[side] != bases[name].weight.shape[side]
+    ]
+    if wrong:
+        raise FormatError(
+            f"concept {concept.meta.name!r}: the factor of {wrong[0]!r} has shape "
+            f"{tuple(concept.layers[wrong[0]].factor.shape)}, the layer "
+            f"{tuple(bases[wrong[0]].weight.shape)}; {len(wrong)} factors do not fit",
+            "get the concept file again from its author",
+        )
 
 
 def _refuse_missing(model: nn.Module, paths: dict[str, str]) -> None:

@@ -131,7 +131,12 @@ def load_base(
 
 def _read(reference: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     path = POCKET if reference == "pocket" else Path(reference)
-    options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    options = {
+        "dtype": dtype,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "use_safetensors": True,  # else a folder's .bin files would be unpickled
+    }
     logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)
     if path.is_file():
         return _read_file(path, options)
@@ -167,7 +172,7 @@ def _read_folder(path: Path, options: dict) -> StableDiffusionPipeline:
 
 def _download(reference: str, options: dict) -> StableDiffusionPipeline:
     try:
-        return StableDiffusionPipeline.from_pretrained(reference, **options, use_safetensors=True)
+        return StableDiffusionPipeline.from_pretrained(reference, **options)
     except Exception as error:
         raise ResourceError(
             f"base {reference!r} is not a local folder and cannot be fetched from the hub",

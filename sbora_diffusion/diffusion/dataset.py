@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from sbora_diffusion.core.errors import DataError
+from sbora_diffusion.core.errors import DataError, SboraError
 from sbora_diffusion.diffusion.concepts import Subject
 
 MAX_PIXELS = 64_000_000  # checked before decoding: a small file can hold a huge picture
+MAX_SIDE = 32_768  # Pillow keeps a pointer to each row
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded; Pillow would also start Ghostscript for a PostScript file of any name."""
 TEMPLATES = (
     "a photo of {}",
     "a picture of {}",
@@ -35,8 +38,11 @@ class Example:
 def open_image(path: Path) -> Image.Image:
     """Read one picture as RGB, turned upright; transparency is laid over white.
 
+    At most 24 bytes of memory are needed for a pixel.
+
     Raises:
-        DataError: not a picture, damaged, or larger than 64 megapixels.
+        DataError: not a picture in one of `FORMATS`, damaged, or larger than 64 megapixels or
+            32,768 pixels a side.
     """
     try:
         with warnings.catch_warnings():
@@ -44,29 +50,31 @@ def open_image(path: Path) -> Image.Image:
             return _read(path)
     except Image.DecompressionBombError as error:
         raise _too_large(path, str(error)) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except SboraError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
         raise DataError(
             f"{path} is not a picture that can be read", "replace it or take it out of the folder"
         ) from error
 
 
 def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
             raise _too_large(path, f"{image.width}×{image.height} pixels")
         image.draft("RGB", (2048, 2048))  # lets JPEG decode at a fraction of a huge size
         return _upright_rgb(image)
 
 
 def _too_large(path: Path, found: str) -> DataError:
-    limit = f"at most {MAX_PIXELS // 1_000_000} megapixels are read"
+    limit = f"at most {MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} a side are read"
     return DataError(f"{path} is too large ({found}), {limit}", "make it smaller")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip it to white
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -85,7 +85,7 @@ def test_killed_after_each_step_it_is_resumed_exactly(tmp_path, what, plan, caps
 
 @pytest.mark.reliability
 def test_killed_at_each_call_of_its_saves_it_is_resumed_exactly(tmp_path, capsys):
-    most = 80
+    most = 120
     plans = [Plan("", config={"steps": 4}, call=call) for call in range(1, most + 1)]
     kills = exact(tmp_path, plans)
     assert 45 <= kills < most, "all calls of three saves and of their removal are among these"

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from sbora_diffusion.checkpointing import Checkpointing
-from sbora_diffusion.core import storage
+from sbora_diffusion.core import checkpoints, storage
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -150,7 +149,7 @@ def _child(base: Base, plan: Plan, notes: Path) -> int:
 @contextmanager
 def _counted_calls(last: int) -> Iterator[None]:
     """Die at the call of this number; a write dies halfway, other calls before they act."""
-    count, begun, make = 0, False, tempfile.mkdtemp
+    count, begun, make = 0, False, checkpoints.write_folder
 
     def due() -> bool:
         nonlocal count
@@ -172,19 +171,19 @@ def _counted_calls(last: int) -> Iterator[None]:
             _die()
         return open(descriptor, mode, *rest)
 
-    def begin(*args: Any, **options: Any) -> str:
+    def begin(*args: Any, **options: Any) -> None:
         nonlocal begun
         begun = True
-        return make(*args, **options)
+        make(*args, **options)
 
     originals = {name: getattr(os, name) for name in CALLS}
-    tempfile.mkdtemp, storage.open = begin, opened  # type: ignore[assignment,attr-defined]
+    checkpoints.write_folder, storage.open = begin, opened  # type: ignore[attr-defined]
     try:
         for name, call in originals.items():
             setattr(os, name, deadly(call))
         yield
     finally:
-        tempfile.mkdtemp = make
+        checkpoints.write_folder = make  # type: ignore[attr-defined]
         del storage.open  # type: ignore[attr-defined]
         for name, call in originals.items():
             setattr(os, name, call)

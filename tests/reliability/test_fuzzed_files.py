@@ -1,0 +1,62 @@
+"""Ten thousand spoilt concept files, in a process of their own for the audit hook."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.fuzz import MEGABYTES, corpus, seed_files
+from tests.reliability.mutations import KINDS, mutant
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_ten_thousand_spoilt_files_are_refused_or_read_as_what_they_say(record_property):
+    command = [sys.executable, "-m", "tests.reliability.fuzz", "--count", "10000", "--json"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    found = json.loads(ended.stdout)
+    assert found["failures"] == [] and ended.returncode == 0
+    assert found["files"] == 10_000 + found["corpus"] and set(KINDS) <= set(found["kinds"])
+    assert found["refused"] > 8000 and found["same"] > 100 and found["forged_valid"] > 50
+    assert len(found["errors"]) >= 3
+    record_property("9 files mutated", found["files"])
+    record_property("9 mutations refused", found["refused"])
+    record_property("9 read as the same concept", found["same"])
+    record_property("9 valid forgeries read as they say", found["forged_valid"])
+    record_property("9 seconds for the slowest", round(found["slowest"], 3))
+    record_property(f"9 MB for the largest, of {MEGABYTES}", round(found["megabytes"], 1))
+
+
+def test_a_seed_gives_the_same_files(tmp_path):
+    seeds = seed_files(tmp_path)
+    first, again = ([mutant(random.Random(f"0 {k}"), seeds) for k in range(50)] for _ in range(2))
+    assert first == again and len({one.content for one in first}) > 40
+
+
+def test_the_corpus_has_inputs_that_failed():
+    assert len(list(corpus())) >= 3
+
+
+@pytest.mark.parametrize("fault", ["another error", "accepts all", "starts a process"])
+def test_a_reader_with_a_fault_is_found_out(fault):
+    """The run above could not fail otherwise."""
+    code = (
+        "import subprocess, sys\n"
+        "from tests.reliability import fuzz\n"
+        "good = fuzz.read_concepts\n"
+        "def faulty(path, kept=[]):\n"
+        "    kept.append(path)\n"
+        "    if len(kept) < 510 or sys.argv[1] == 'nothing': return good(path)\n"
+        "    if sys.argv[1] == 'another error': raise KeyError(1)\n"
+        "    if sys.argv[1] == 'starts a process': subprocess.run(['true']); return good(path)\n"
+        "    return fuzz.ConceptSet(())\n"
+        "fuzz.read_concepts = faulty\n"
+        "print(len(fuzz.fuzz(60, 0).failures))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, fault], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert int(ended.stdout) > 2, ended.stderr
