@@ -11,7 +11,6 @@ import gradio as gr
 
 from sbora_diffusion.cards import Card
 from sbora_diffusion.core.errors import DataError
-from sbora_diffusion.diffusion.dataset import open_image
 from sbora_diffusion.studio import MAX_WEIGHT
 
 ROW_CSS = """
@@ -89,6 +88,8 @@ def _card_html(card: Card) -> str:
 @functools.lru_cache(maxsize=256)
 def _thumbnail(path: Path) -> str:
     """A small JPEG in base64, "" if the file is no picture."""
+    from sbora_diffusion.diffusion.dataset import open_image  # torch, which the page does without
+
     try:
         image = open_image(path)
     except DataError:
