@@ -58,7 +58,7 @@ __all__ = [
 _REMEDY = "give a concept file written by `sbora train`"
 
 # Family to the names used by modelspec 1.0.1 and by kohya's trainer; other families keep their own.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "sd1": ("stable-diffusion-v1", "sd_v1"),
     "sd2": ("stable-diffusion-v2", "sd_v2"),
     "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
@@ -272,7 +272,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], document: dict[str, Any]) -> st
 
 def _metadata_for_others(meta: ConceptMeta) -> dict[str, str]:
     """What other tools show: modelspec 1.0.1 and kohya's keys."""
-    architecture, kohya = _ARCHITECTURES.get(meta.family, (meta.family, meta.family))
+    architecture, kohya = ARCHITECTURES.get(meta.family, (meta.family, meta.family))
     description = (
         f"{meta.class_noun}, learned with SBoRA-{meta.variant.upper()} of rank {meta.rank}"
     )

@@ -1,23 +1,49 @@
-"""Concepts in other tools' files: one LoRA and the embeddings of its tokens, for diffusers."""
+"""Concepts in other tools' files: one LoRA, the embeddings of its tokens, a model card.
+
+An export is a new folder that appears whole, and only after its LoRA was read back:
+
+    NAME.safetensors          the LoRA (kohya); `pytorch_lora_weights.safetensors` for diffusers;
+    unet/, text_encoder/      … for PEFT, one adapter for each model
+    embeddings/WORD.safetensors
+    README.md, sbora.json     for people; what was exported
+
+The LoRA's metadata has the documents of its concepts, so that `imports.py` gets them back.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sbora_diffusion.core.compatibility import check_mergeable
+from sbora_diffusion.core.concept import encode_concept
 from sbora_diffusion.core.errors import NonFiniteError
-from sbora_diffusion.core.folded_set import Weighted, concept_updates
+from sbora_diffusion.core.folded_set import Weighted
 from sbora_diffusion.core.folders import write_folder
-from sbora_diffusion.core.functional import one_hot, scaled_factor
+from sbora_diffusion.core.lora import LoraLayer, lora_layers
 from sbora_diffusion.core.storage import canonical_json, encode, write_atomically
-from sbora_diffusion.core.updates import Update
+from sbora_diffusion.diffusion.lora_files import (
+    diffusers_tensors,
+    encode_hashed,
+    kohya_tensors,
+    refuse_difference,
+    write_peft,
+)
 from sbora_diffusion.diffusion.merging import RECORD, merge_record
-from sbora_diffusion.diffusion.pipeline import token_vectors
+from sbora_diffusion.diffusion.model_card import card, lora_metadata, title_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers looks for in a folder."""
+EMBEDDINGS = "embeddings"
+DOCUMENTS = "sbora_concepts"
+"""The metadata key with the documents of the concepts."""
+ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+"""A text encoder's key in an embedding for several of them."""
+
+LoraForm = Literal["kohya", "diffusers", "peft"]
 
 
 def write_lora(
@@ -25,11 +51,15 @@ def write_lora(
     concepts: Sequence[Weighted],
     allow_overlap: bool = False,
     dtype: torch.dtype = torch.float32,
+    form: LoraForm = "diffusers",
 ) -> list[Path]:
     """Write a folder with one LoRA of all concepts and an embeddings file for each token.
 
-    `pipeline.load_lora_weights(folder)` and `pipeline.load_textual_inversion(files)` of stock
-    diffusers load them. The bytes do not depend on the order of `concepts`.
+    The bytes do not depend on the order of `concepts`, nor on time, host or path.
+
+    Args:
+        form: "kohya" is read by ComfyUI, A1111, Forge and diffusers; "diffusers" by
+            `load_lora_weights`, "peft" by `PeftModel.from_pretrained`.
 
     Returns:
         The files with the embeddings.
@@ -37,70 +67,99 @@ def write_lora(
     Raises:
         BaseMismatch, ConflictError: the concepts cannot live in one model, or the folder exists and
             is not empty.
+        ConfigError: the form has no names for the base's family.
         FormatError: see `refuse_extras`.
+        IntegrityError: what was written reads back differently; nothing is left.
         NonFiniteError: a number does not fit into `dtype`.
         ResourceError: the folder cannot be written.
     """
     check_mergeable([concept for concept, _ in concepts], allow_overlap)
     record = merge_record(concepts, allow_overlap, dtype)
-    lora = _rounded(lora_tensors(concepts), dtype)
-    tokens = {
-        token: rows for concept, _ in concepts for token, rows in token_vectors(concept).items()
+    layers = {
+        layer: lora.to(dtype)
+        for layer, lora in lora_layers(concepts, unit_scale=form == "diffusers").items()
     }
-    tokens = _rounded(tokens, dtype)
+    embeddings = embedding_files(concepts, dtype)
 
     def fill(unfinished: Path) -> None:
-        metadata = {"format": "pt", "sbora": canonical_json(record)}
-        write_atomically(unfinished / LORA_FILE, encode(lora, metadata))
-        for token, rows in tokens.items():
-            data = encode({token: rows}, {"format": "pt"})
-            write_atomically(unfinished / _embeddings_file(token), data)
+        weights = _write_layers(unfinished, layers, form, concepts, record)
+        refuse_difference(layers, unfinished / weights)
+        write_embeddings(unfinished, embeddings)
+        (unfinished / "README.md").write_text(card(concepts, form, weights), encoding="utf-8")
         (unfinished / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     write_folder(folder, fill)
-    return [folder / _embeddings_file(token) for token in sorted(tokens)]
+    return [folder / EMBEDDINGS / name for name in sorted(embeddings)]
 
 
-def lora_tensors(concepts: Sequence[Weighted]) -> dict[str, Tensor]:
-    """One LoRA with ΔW = B A = Σ λ·scale·ΔW_i, in fp32, in PEFT's layout.
+def embedding_files(
+    concepts: Sequence[Weighted], dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, Tensor]]:
+    """File name to content, for each token: the word that people write is the file's name.
 
-    The ranks stand side by side in the order of the digests: FA gives one-hot rows of A and
-    λ·scale·B, FB λ·scale·A and one-hot columns of B. There is no alpha, so readers scale by 1.
+    With one text encoder the only tensor is named after the token, which diffusers takes as such;
+    A1111 and ComfyUI take whatever is there. With several, they know them by `ENCODERS`.
 
-    Returns:
-        ``<layer>.lora_A.weight`` (R, in) and ``<layer>.lora_B.weight`` (out, R) of each layer,
-        under its canonical name, R being the sum of the ranks.
+    Raises:
+        NonFiniteError: a number does not fit into `dtype`.
     """
+    files: dict[str, dict[str, Tensor]] = {}
+    for concept, _ in concepts:
+        several = len({key.partition(".")[0] for key in concept.embeddings}) > 1
+        for key, rows in concept.embeddings.items():
+            encoder, _, token = key.partition(".")
+            name = ENCODERS[encoder] if several else token
+            file = files.setdefault(f"{token.strip('<>')}.safetensors", {})
+            file[name] = rows.to(dtype)
+            if not file[name].isfinite().all():
+                raise NonFiniteError(f"{token} does not fit into {dtype}", "use fp32")
+    return files
+
+
+def write_embeddings(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write `embedding_files` into the folder's `embeddings/`."""
+    if files:
+        (folder / EMBEDDINGS).mkdir()
+    for name, tensors in files.items():
+        write_atomically(folder / EMBEDDINGS / name, encode(tensors, {"format": "pt"}))
+
+
+def _write_layers(
+    folder: Path,
+    layers: dict[str, LoraLayer],
+    form: LoraForm,
+    concepts: Sequence[Weighted],
+    record: dict[str, Any],
+) -> str:
+    """Write the LoRA; the name of the file that holds it, "" for folders."""
+    family, base = concepts[0][0].meta.family, concepts[0][0].meta.base_name
+    metadata = {
+        "format": "pt",
+        "sbora": canonical_json(record),
+        DOCUMENTS: canonical_json(_documents(concepts)),
+        **lora_metadata(concepts, next(iter(layers.values()))),
+    }
+    if form == "peft":
+        write_peft(folder, layers, metadata, base if "/" in base else "")
+        return ""
+    kohya = form == "kohya"
+    tensors = kohya_tensors(layers, family) if kohya else diffusers_tensors(layers)
+    name = f"{title_of(concepts)}.safetensors" if kohya else LORA_FILE
+    write_atomically(folder / name, encode_hashed(tensors, metadata))
+    return name
+
+
+def _documents(concepts: Sequence[Weighted]) -> dict[str, Any]:
+    """The concepts' documents and layers, in the order of their ranks; a list of layers that
+    several share stands there once."""
     ordered = sorted(concepts, key=lambda pair: pair[0].meta.digest)
-    by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for concept, weight in ordered:
-        for layer, update in concept_updates(concept, weight).items():
-            width = concept.meta.widths[layer]
-            by_layer.setdefault(layer, []).append(_down_and_up(update, width))
-    tensors = {}
-    for layer, pairs in by_layer.items():
-        tensors[f"{layer}.lora_A.weight"] = torch.cat([down for down, _ in pairs], 0)
-        tensors[f"{layer}.lora_B.weight"] = torch.cat([up for _, up in pairs], 1)
-    return tensors
-
-
-def _down_and_up(update: Update, width: int) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) of one update, with its scale in the trained factor."""
-    fixed = one_hot(update.indices, width).float()  # (r, width)
-    trained = scaled_factor(update.factor, update.scale).float()
-    return (fixed, trained) if update.variant == "fa" else (trained, fixed.T)
-
-
-def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    rounded = {name: values.to(dtype) for name, values in tensors.items()}
-    for name, values in rounded.items():
-        if not values.isfinite().all():
-            raise NonFiniteError(
-                f"{name} does not fit into {dtype}", "lower the weights or use fp32"
-            )
-    return rounded
-
-
-def _embeddings_file(token: str) -> str:
-    # The prefix keeps a token from taking the name of another file of the folder.
-    return f"token_{token.strip('<>')}.safetensors"
+    lists = sorted({tuple(sorted(concept.layers)) for concept, _ in ordered})
+    entries = [
+        {
+            "weight": float(weight),
+            "layers": lists.index(tuple(sorted(concept.layers))),
+            "document": encode_concept(concept)[1],
+        }
+        for concept, weight in ordered
+    ]
+    return {"layers": [list(names) for names in lists], "concepts": entries}
