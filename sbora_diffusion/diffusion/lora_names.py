@@ -42,7 +42,7 @@ _WORDS = re.compile(
 )
 _ATTENTION = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
 _NUMBERED = re.compile(r"(input|output)_blocks\.(\d+)\.1\.")
-_FLATTENED = re.compile(r"^text_encoder\.(?=encoder\.)")
+_FLATTENED = re.compile(r"^(text_encoder(?:_2)?)\.(?=encoder\.)")
 
 
 def kohya_name(layer: str, family: str) -> str:
@@ -81,7 +81,7 @@ def canonical_name(name: str) -> str:
         path = name[prefix.end() + 1 :]
         name = f"{_COMPONENTS[prefix[0]]}.{_dotted(path)}"
     name = _NUMBERED.sub(_unnumber, name).replace(".middle_block.1.", ".mid_block.attentions.0.")
-    return _FLATTENED.sub("text_encoder.text_model.", name)
+    return _FLATTENED.sub(r"\1.text_model.", name)
 
 
 def _dotted(path: str) -> str:

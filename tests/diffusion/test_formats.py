@@ -8,9 +8,10 @@ from diffusers import StableDiffusionPipeline
 
 from sbora_diffusion.core.errors import ConflictError, NonFiniteError
 from sbora_diffusion.core.functional import delta_weight
+from sbora_diffusion.core.lora import lora_layers
 from sbora_diffusion.core.storage import decode
 from sbora_diffusion.diffusion.bases import POCKET, Base
-from sbora_diffusion.diffusion.formats import LORA_FILE, lora_tensors, write_lora
+from sbora_diffusion.diffusion.formats import LORA_FILE, write_lora
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.pipeline import draw_latents
 from sbora_diffusion.diffusion.targets import target_layers
@@ -31,12 +32,10 @@ def concepts(pocket, tmp_path_factory):
 
 
 def test_the_product_of_the_factors_is_the_sum_of_the_concepts_updates(pocket, concepts):
-    tensors = lora_tensors(concepts)
-    layers = target_layers(pocket.pipeline)
-    assert len(tensors) == 2 * len(layers)
+    loras, layers = lora_layers(concepts), target_layers(pocket.pipeline)
+    assert loras.keys() == layers.keys()
     for name, layer in layers.items():
-        down, up = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        assert down.shape[0] == up.shape[1] == 20
+        assert loras[name].rank == loras[name].alpha == 20
         expected = torch.zeros(layer.weight.shape)
         for concept, weight in concepts:
             stored, meta = concept.layers[name], concept.meta
@@ -44,15 +43,35 @@ def test_the_product_of_the_factors_is_the_sum_of_the_concepts_updates(pocket, c
                 meta.variant, stored.factor, stored.indices, tuple(expected.shape),
                 weight * meta.scale,
             )  # fmt: skip
-        torch.testing.assert_close(up @ down, expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(loras[name].delta(), expected, rtol=0, atol=1e-7)
 
 
-def test_one_fa_concept_is_exact_in_every_entry(concepts):
-    ((concept, _),) = concepts[:1]
-    tensors = lora_tensors([(concept, 1.0)])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_one_concept_is_exact_in_every_entry_with_its_own_alpha(concepts, number):
+    concept, weight = concepts[number]
+    meta, apart = concept.meta, lora_layers([(concept, weight)])
+    inside = lora_layers([(concept, weight)], unit_scale=True)
     for name, stored in concept.layers.items():
-        assert torch.equal(tensors[f"{name}.lora_B.weight"], stored.factor)
-        assert tensors[f"{name}.lora_A.weight"].sum(1).eq(1).all()
+        fa, lora = meta.variant == "fa", apart[name]
+        trained, fixed = (lora.up, lora.down) if fa else (lora.down, lora.up.T)
+        assert torch.equal(trained, stored.factor) and lora.scale == weight * meta.scale
+        assert torch.equal(fixed.sum(1), torch.ones(meta.rank))
+        shape = (lora.up.shape[0], lora.down.shape[1])
+        scale = weight * meta.scale
+        expected = delta_weight(meta.variant, stored.factor, stored.indices, shape, scale)
+        assert torch.equal(lora.delta(), expected)
+        assert torch.equal(inside[name].delta(), expected) and inside[name].scale == 1.0
+
+
+def test_disjoint_concepts_give_the_folds_own_updates_bit_for_bit(concepts):
+    pairs = concepts[:2]
+    for name, lora in lora_layers(pairs).items():
+        expected = torch.zeros(lora.up.shape[0], lora.down.shape[1])
+        for concept, weight in pairs:
+            stored, scale = concept.layers[name], weight * concept.meta.scale
+            shape = tuple(expected.shape)
+            expected += delta_weight("fa", stored.factor, stored.indices, shape, scale)
+        assert torch.equal(lora.delta(), expected)
 
 
 def test_stock_diffusers_draws_the_merged_models_latents(pocket, concepts, tmp_path):
@@ -77,12 +96,13 @@ def test_stock_diffusers_draws_the_merged_models_latents(pocket, concepts, tmp_p
 def test_the_files_do_not_depend_on_the_order_and_record_what_is_in_them(concepts, tmp_path):
     first = write_lora(tmp_path / "a", concepts)
     write_lora(tmp_path / "b", concepts[::-1])
-    names = ["pytorch_lora_weights.safetensors", "sbora.json"]
-    names += [f"token_{name}.safetensors" for name in ("one", "rows", "two")]
-    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == names
+    names = [f"embeddings/{name}.safetensors" for name in ("one", "rows", "two")]
+    assert [str(file.relative_to(tmp_path / "a")) for file in first] == names
+    written = [file for file in (tmp_path / "a").rglob("*") if file.is_file()]
+    names += ["README.md", "pytorch_lora_weights.safetensors", "sbora.json"]
+    assert sorted(str(file.relative_to(tmp_path / "a")) for file in written) == sorted(names)
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert [file.name for file in first] == names[2:]
     record = json.loads((tmp_path / "a" / "sbora.json").read_text())
     assert {c["name"]: c["weight"] for c in record["concepts"]} == {
         "one": 0.4, "two": -0.2, "rows": 0.3,
@@ -107,8 +127,9 @@ def test_shared_indices_are_refused_unless_allowed_and_then_recorded(pocket, con
 def test_half_precision_rounds_once_and_refuses_what_does_not_fit(concepts, tmp_path):
     write_lora(tmp_path / "half", concepts, dtype=torch.float16)
     tensors, _ = decode(tmp_path / "half" / LORA_FILE)
-    for name, value in lora_tensors(concepts).items():
-        assert torch.equal(tensors[name], value.half())
-    with pytest.raises(NonFiniteError, match="lora_"):
+    for name, lora in lora_layers(concepts).items():
+        assert torch.equal(tensors[f"{name}.lora_A.weight"], lora.down.half())
+        assert torch.equal(tensors[f"{name}.lora_B.weight"], lora.up.half())
+    with pytest.raises(NonFiniteError, match=r"float16.*lower the weights"):
         write_lora(tmp_path / "loud", [(concepts[0][0], 1e8)], dtype=torch.float16)
     assert not (tmp_path / "loud").exists()
