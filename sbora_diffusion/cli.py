@@ -11,6 +11,7 @@ from sbora_diffusion import __version__
 from sbora_diffusion.cli_bench import bench_app
 from sbora_diffusion.cli_check import check
 from sbora_diffusion.cli_evaluate import evaluate
+from sbora_diffusion.cli_formats import export
 from sbora_diffusion.cli_generate import generate
 from sbora_diffusion.cli_library import inspect, library_app
 from sbora_diffusion.cli_merge import merge
@@ -54,6 +55,7 @@ app.add_typer(bench_app, name="bench", help="The studies: what it costs, and how
 app.command()(inspect)
 app.command()(check)
 app.command()(merge)
+app.command()(export)
 app.command()(generate)
 app.command()(evaluate)
 

@@ -218,7 +218,7 @@ def _write_lora(
 
     check_model_output(output)
     files = write_lora(output, selection.concepts, selection.allow_overlap, DTYPES[dtype])
-    names = [file.name for file in files]
+    names = [str(file.relative_to(output)) for file in files]
     console.say(f"{output / LORA_FILE}: {len(selection.concepts)} concepts in one LoRA, {dtype}")
     console.say(f"in diffusers: load_lora_weights({str(output)!r}) and, for the tokens,")
     console.say(f"load_textual_inversion of {', '.join(names)} in that folder")

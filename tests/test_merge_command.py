@@ -78,7 +78,7 @@ def test_overlap_needs_permission_which_every_form_records_and_a_set_keeps(sbora
 def test_a_lora_says_how_diffusers_loads_it(sbora, files):
     status, out, _ = sbora("merge", files / "one.safetensors", "-o", "lora", "--as", "lora")
     assert status == 0
-    assert "load_lora_weights('lora')" in out and "token_one.safetensors" in out
+    assert "load_lora_weights('lora')" in out and "embeddings/one.safetensors" in out
 
 
 def test_a_narrow_type_is_written_in_every_form(sbora, files, tmp_path):

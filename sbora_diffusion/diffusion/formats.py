@@ -33,16 +33,13 @@ from sbora_diffusion.diffusion.lora_files import (
     write_peft,
 )
 from sbora_diffusion.diffusion.merging import RECORD, merge_record
-from sbora_diffusion.diffusion.model_card import card, lora_metadata, title_of
+from sbora_diffusion.diffusion.model_card import ENCODERS, card, lora_metadata, title_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
 EMBEDDINGS = "embeddings"
 DOCUMENTS = "sbora_concepts"
 """The metadata key with the documents of the concepts."""
-ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
-"""A text encoder's key in an embedding for several of them."""
-
 LoraForm = Literal["kohya", "diffusers", "peft"]
 
 

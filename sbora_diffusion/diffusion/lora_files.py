@@ -236,15 +236,14 @@ def _split(key: str, place: str) -> tuple[str, str]:
     raise FormatError(f"{place} is no plain LoRA: it has a tensor {key[:200]!r}", _REMEDY)
 
 
-def _scale(
-    name: str, own: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]
-) -> float:
+def _scale(name: str, own: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]) -> float:
     """alpha / rank; 1 where nothing says alpha, as every reader takes it."""
     rank = own["down"].shape[0]
     if "alpha" in own:
         return own["alpha"].item() / rank
     component, _, path = name.partition(".")
     config = configs.get(component, {})
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas, path), config.get("lora_alpha", rank))
+    alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
+    usual: float = config.get("lora_alpha", rank)
+    alpha = alphas.get(get_pattern_key(list(alphas), path), usual)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -14,6 +14,7 @@ from sbora_diffusion.core.fingerprint import Fingerprint, compare
 from sbora_diffusion.core.folded_set import FoldedSet, Weighted
 from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.model_card import card
 from sbora_diffusion.diffusion.pipeline import token_vectors
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens
@@ -112,6 +113,9 @@ class Merged:
         }
         record = {**of_base, **self._record(dtype)}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if self.concepts:
+            text = card(self.concepts, "checkpoint")
+            (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _record(self, dtype: torch.dtype) -> dict[str, Any]:
         return merge_record(self.concepts, self.allow_overlap, dtype)
