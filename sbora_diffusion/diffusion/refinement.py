@@ -28,6 +28,7 @@ from sbora_diffusion.diffusion.graphs import Recorded, adding_at_once, device_ob
 from sbora_diffusion.diffusion.moments import CalibrateConfig
 from sbora_diffusion.diffusion.predictions import Predictions
 from sbora_diffusion.diffusion.prompts import spelled
+from sbora_diffusion.diffusion.runtime import deterministic
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import read_texts
 
@@ -64,7 +65,7 @@ def refined_concepts(
     updates = {concept.meta.digest: concept_updates(concept, 1.0) for concept in concepts}
     banks = _banks(layers, list(updates.values()))
     factors = [bank.factor for of_layer in banks.values() for bank in of_layer]
-    with mixed_rows(layers, banks), torch.enable_grad():
+    with mixed_rows(layers, banks), torch.enable_grad(), deterministic(base.device):
         _descend(base, factors, heard, config, report)
     found = _split(banks, list(updates.values()))
     return [Concept(c.meta, found[c.meta.digest], c.embeddings) for c in concepts]

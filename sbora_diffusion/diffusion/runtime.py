@@ -1,5 +1,8 @@
 """How a base is run. It decides speed and rounding, and is no part of any recipe."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,3 +34,29 @@ def compile_in_place(model: nn.Module) -> None:
     # Without these guards a model would go on without hooks that came after it was compiled.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     model.compile()
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within, a GPU adds in a fixed order, so that the same work gives the same bits; a CPU does
+    anyway.
+
+    PyTorch refuses cuBLAS there unless its workspaces are of a fixed size, which the environment
+    says: where it says nothing, it is told.
+
+    Raises:
+        RuntimeError: the work has a kernel that knows no fixed order.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filling

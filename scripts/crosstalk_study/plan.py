@@ -80,12 +80,6 @@ RECIPES: dict[str, Recipe] = {
     "preserved, text encoder": Recipe(KEPT, (TEXT,)),
     "preserved, keys and values": Recipe(KEPT, (KEYS_VALUES,)),
     "preserved, cross-attention": Recipe(KEPT, (KEYS_VALUES, QUERIES_OUT)),
-    "preserved, batch 8, no self-attention": Recipe(
-        {**KEPT, "batch_size": 8}, (TEXT, KEYS_VALUES, QUERIES_OUT)
-    ),
-    "preserved, batch 8, cross-attention": Recipe(
-        {**KEPT, "batch_size": 8}, (KEYS_VALUES, QUERIES_OUT)
-    ),
     "white, fb": Recipe({**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 3e-3)}, white=1e-2),
     "white, fb, louder": Recipe(
         {**PLAIN, "variant": "fb", **dict.fromkeys(LOUD, 1e-2)}, white=1e-3
