@@ -45,6 +45,7 @@ __all__ = [
     "TokenMeta",
     "canonical_document",
     "check_mergeable",
+    "concept_of",
     "decode_concept",
     "encode_concept",
     "public_base_name",
@@ -113,8 +114,17 @@ def read_concept(path: str | Path) -> Concept:
         CapacityError: the range ends beyond the narrowest layer.
         ResourceError: the file cannot be opened.
     """
-    path = Path(path)
-    tensors, metadata = decode(path)
+    return concept_of(path, *decode(Path(path)))
+
+
+def concept_of(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> Concept:
+    """The concept in a file that was decoded already.
+
+    Raises:
+        FormatError, IntegrityError, NonFiniteError, CapacityError: see `read_concept`.
+    """
     try:
         return decode_concept(tensors, _parse(metadata))
     except SboraError as error:

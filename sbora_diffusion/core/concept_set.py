@@ -20,9 +20,9 @@ from sbora_diffusion.core.concept import (
     Concept,
     LayerFactor,
     canonical_document,
+    concept_of,
     decode_concept,
     encode_concept,
-    read_concept,
 )
 from sbora_diffusion.core.errors import ConfigError, FormatError, IntegrityError, SboraError
 from sbora_diffusion.core.storage import canonical_json, decode, encode, write_atomically
@@ -90,13 +90,7 @@ def read_concept_set(path: str | Path) -> ConceptSet:
         BaseMismatch, ConflictError: the concepts cannot live in one model.
         NonFiniteError, CapacityError, ResourceError: see `read_concept`.
     """
-    tensors, metadata = decode(Path(path))
-    try:
-        if KEY not in metadata:
-            raise FormatError("a safetensors file, but not a concept set", _REMEDY)
-        return _decoded(tensors, canonical_document(metadata[KEY]))
-    except SboraError as error:
-        raise type(error)(f"{path}: {error.problem}", error.remedy) from error
+    return _set_of(path, *decode(Path(path)))
 
 
 def read_concepts(path: str | Path) -> ConceptSet:
@@ -105,10 +99,10 @@ def read_concepts(path: str | Path) -> ConceptSet:
     Raises:
         See `read_concept` and `read_concept_set`.
     """
-    _, metadata = decode(Path(path))
+    tensors, metadata = decode(Path(path))
     if KEY in metadata:
-        return read_concept_set(path)
-    return ConceptSet(((read_concept(path), 1.0),))
+        return _set_of(path, tensors, metadata)
+    return ConceptSet(((concept_of(path, tensors, metadata), 1.0),))
 
 
 def read_member(path: str | Path, name: str) -> Concept:
@@ -154,6 +148,17 @@ def _check(concepts: Sequence[tuple[Concept, float]], allow_overlap: bool) -> No
                 f"the weight of {concept.meta.name!r} must be a finite number, got {weight}"
             )
     check_mergeable([concept for concept, _ in concepts], allow_overlap)
+
+
+def _set_of(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> ConceptSet:
+    try:
+        if KEY not in metadata:
+            raise FormatError("a safetensors file, but not a concept set", _REMEDY)
+        return _decoded(tensors, canonical_document(metadata[KEY]))
+    except SboraError as error:
+        raise type(error)(f"{path}: {error.problem}", error.remedy) from error
 
 
 def _decoded(tensors: Mapping[str, torch.Tensor], document: Any) -> ConceptSet:

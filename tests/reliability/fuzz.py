@@ -29,6 +29,7 @@ from tests.reliability.forging import canonical, taken_apart
 from tests.reliability.mutations import Mutant, mutant
 
 CORPUS = Path(__file__).parent / "corpus"
+MEMORY = Path("/dev/shm")  # a file that is cut off and written again is slow on a disk
 SECONDS, MEGABYTES, WARM_UP = 1.0, 64, 500
 FORBIDDEN = ("exec", "compile", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn")
 
@@ -37,7 +38,6 @@ FORBIDDEN = ("exec", "compile", "os.system", "os.exec", "os.fork", "os.posix_spa
 class Figures:
     """What a run found; `failures` holds the kind and reason of each, and is to stay empty."""
 
-    seed: int
     files: int = 0
     refused: int = 0
     same: int = 0
@@ -182,33 +182,37 @@ def corpus(folder: Path = CORPUS) -> Iterator[Mutant]:
         yield Mutant(file.stem, file.read_bytes(), "forged" in words, "wrong" in words)
 
 
-def fuzz(count: int, seed: int, keep: Path | None = None) -> Figures:
-    """Judge `count` spoilt files after the corpus; failures are written to `keep`."""
-    figures = Figures(seed)
-    with tempfile.TemporaryDirectory() as folder:
+def fuzz(count: int, seed: int, first: int = 0, keep: Path | None = None) -> Figures:
+    """Judge `count` spoilt files after the corpus; failures are written to `keep`.
+
+    Args:
+        first: number of the first file; a seed and a number give one file.
+    """
+    figures = Figures()
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         seeds = seed_files(Path(folder))
         reader = Reader(Path(folder), seeds, figures)
         for number in range(WARM_UP):  # what is imported at first use is no deed of a file
             reader.judge(mutant(random.Random(f"warm {number}"), seeds))
         warm = figures.failures[:]
-        vars(figures).update(vars(Figures(seed, failures=warm)))
+        vars(figures).update(vars(Figures(failures=warm)))
         reader.watch.armed = True
         for spoilt in corpus():
             reader.judge(spoilt)
             figures.corpus += 1
         kept: list[Mutant] = []
-        for number in range(count):
+        for number in range(first, first + count):
             before = len(figures.failures)
             spoilt = mutant(random.Random(f"{seed} {number}"), seeds)
             reader.judge(spoilt)
             if len(figures.failures) > before:
                 kept.append(spoilt)
         reader.watch.armed = False
-    _keep(kept, keep)
+    keep_inputs(kept, keep)
     return figures
 
 
-def _keep(spoilt: list[Mutant], folder: Path | None) -> None:
+def keep_inputs(spoilt: list[Mutant], folder: Path | None) -> None:
     """One file of each kind is enough to begin with."""
     for one in {one.kind: one for one in spoilt}.values() if folder else ():
         marks = [*(["wrong"] if one.wrong else []), *(["forged"] if one.forged else []), one.kind]
@@ -224,7 +228,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     began = time.monotonic()
-    figures = fuzz(options.count, options.seed, options.keep)
+    figures = fuzz(options.count, options.seed, keep=options.keep)
     found = {**vars(figures), "per_second": round(options.count / (time.monotonic() - began))}
     if options.json:
         print(json.dumps(found))
