@@ -1,5 +1,6 @@
 """What several test files share: the pocket base and two concepts trained for two steps."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,11 +20,29 @@ CONCEPTS = Path(__file__).parent.parent / "concepts"
 TINY = TrainConfig(steps=2, copies=1, batch_size=1, resolution=64, preservation=0.0)
 
 
+def pytest_collection_finish() -> None:
+    """Each training ends with a collection of garbage: spare it what stays until the end."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def pocket() -> Base:
     """The pocket base on the CPU; every test leaves it as it found it."""
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    return load_base("pocket", "cpu")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    base = load_base("pocket", "cpu")
+    gc.freeze()
+    return base
+
+
+@pytest.fixture(scope="module")
+def small_pictures(pocket):
+    """In this file the pocket draws and learns 64 × 64 pixels by default: a quarter of the work."""
+    unet = pocket.pipeline.unet
+    usual = unet.config.sample_size
+    unet.register_to_config(sample_size=usual // 2)
+    yield
+    unet.register_to_config(sample_size=usual)
 
 
 @pytest.fixture(scope="session")

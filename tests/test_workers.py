@@ -85,7 +85,7 @@ def test_one_command_under_a_launcher_trains_each_concept_once_in_its_own_slot(t
         "sbora_diffusion", "train", *(str(CONCEPTS / name) for name in names), "--slot", "4",
         "--device", "cpu", "-o", str(tmp_path / "out"), "--library", str(tmp_path / "l.sqlite3"),
         "--steps", "1", "-s", "batch_size=1", "-s", "copies=1", "-s", "targets=text-encoder",
-        "-s", "preservation=0",
+        "-s", "preservation=0", "-s", "resolution=32",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

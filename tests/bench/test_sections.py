@@ -16,6 +16,7 @@ from sbora_diffusion.bench.settings import SpeedConfig
 from sbora_diffusion.bench.shapes import SHAPES, random_model
 from sbora_diffusion.bench.speed import run_speed
 from sbora_diffusion.bench.steps import field_of
+from tests.diffusion.thin_pocket import thin_pocket
 
 QUICK = SpeedConfig(
     rounds=2, warm_up=1, layer_rounds=2, concepts=3, layer_width=32, layer_tokens=8, batches=[2],
@@ -53,7 +54,8 @@ def test_in_a_mixed_batch_every_layer_has_a_concept_of_its_own_for_each_row():
             assert bank.scale.eq(1).all() and not torch.equal(bank.factor[0], bank.factor[1])
 
 
-def test_concepts_train_together_and_give_seconds_and_a_loss():
+def test_concepts_train_together_and_give_seconds_and_a_loss(pocket, monkeypatch):
+    monkeypatch.setattr(training, "load_base", lambda *_: thin_pocket(pocket))
     config = QUICK.model_copy(update={"concepts": 2, "training_steps": 1})
     record = run_speed(make_plan(config, "cpu", ["training"]), "", "abc")
     found = record["training"]

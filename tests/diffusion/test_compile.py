@@ -25,7 +25,7 @@ SMALL = {"steps": 2, "guidance": 3.0, "negative_prompt": "", "size": (32, 32)}
 
 @pytest.fixture(scope="module")
 def thin(pocket):
-    return thin_pocket(pocket)
+    return thin_pocket(pocket, depth=1)
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
 from sbora_diffusion.diffusion.targets import target_layers
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept, strong_concepts
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 
 @pytest.fixture(scope="module")
 def original(pocket):

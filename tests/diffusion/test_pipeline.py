@@ -9,6 +9,8 @@ from sbora_diffusion.core.errors import BaseMismatch, ConfigError, ConflictError
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents, generate
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 PROMPT = "a photo of <plushbear> on grass"
 
 
@@ -62,7 +64,7 @@ def test_concepts_that_were_trained_can_be_attached(pocket, live, tiny_concepts)
     for path in tiny_concepts.values():
         live.add(read_concept(path))
     (picture,) = live.generate(PROMPT, steps=2)
-    assert picture.size == (128, 128) and picture.mode == "RGB"
+    assert picture.size == (64, 64) and picture.mode == "RGB"
 
 
 def test_weight_zero_is_the_base_and_weights_can_be_changed(pocket, live, strong):

@@ -12,6 +12,8 @@ from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents, ge
 from sbora_diffusion.diffusion.routing import Router, Source
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 FAST = {"steps": 1, "guidance": 1.0}
 BATCH = ["a <one>", "a cat", "<two> and <one>", "on grass <one>"]
 SMALL = {**FAST, "size": (64, 64)}

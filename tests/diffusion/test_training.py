@@ -20,6 +20,8 @@ from sbora_diffusion.diffusion.tokens import word_vectors
 from sbora_diffusion.diffusion.training import ConceptTraining
 from tests.diffusion.helpers import CONCEPTS, assert_untouched, snapshot
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 
 @pytest.fixture(scope="module")
 def original(pocket):

@@ -1,5 +1,5 @@
 """A pipeline around the pocket's words and autoencoder with random weights, thin enough to be
-trained, recorded and compiled in a second: two text layers, a UNet with attention on each side."""
+trained and recorded in a second: two text layers, a UNet with attention on each side."""
 
 import copy
 
@@ -10,15 +10,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sbora_diffusion.diffusion.bases import Base
 
 
-def thin_pocket(pocket: Base) -> Base:
-    """The same weights each time."""
+def thin_pocket(pocket: Base, depth: int = 2) -> Base:
+    """The same weights each time.
+
+    Args:
+        depth: 2, or 1 for a compiler's sake: one text layer, one block on each side of the UNet
+            and none in the middle.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(32, 64)[-depth:],
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[-depth:],
+            mid_block_type="UNetMidBlock2DCrossAttn" if depth > 1 else None,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[:depth],
             layers_per_block=1,
             cross_attention_dim=64,
             attention_head_dim=4,
@@ -28,7 +34,7 @@ def thin_pocket(pocket: Base) -> Base:
                 vocab_size=len(pocket.pipeline.tokenizer),
                 hidden_size=64,
                 intermediate_size=128,
-                num_hidden_layers=2,
+                num_hidden_layers=depth,
                 num_attention_heads=4,
                 eos_token_id=pocket.pipeline.text_encoder.config.eos_token_id,
             )
