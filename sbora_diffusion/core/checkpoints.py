@@ -2,8 +2,8 @@
 
 A checkpoint is a folder with `state.json`, a `.safetensors` file for each table of tensors, and
 `manifest.json` with the size and SHA-256 of each of them and its own digest. It is made under a
-temporary name: files are written and forced to the disk, the manifest last, then the folder gets
-its name in one rename. A process that is killed at any point leaves the checkpoints before it.
+temporary name: files are written, the manifest last, all are forced to the disk, then the folder
+gets its name in one rename. A process that is killed at any point leaves the checkpoints before it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sbora_diffusion.core.errors import FormatError, IntegrityError, NonFiniteError
 from sbora_diffusion.core.folders import TEMPORARY, write_folder
-from sbora_diffusion.core.storage import canonical_json, decode, encode, strict_json, write_durably
+from sbora_diffusion.core.storage import canonical_json, decode, encode, strict_json
 
 FORMAT = 1
 KEPT = 2
@@ -159,7 +159,8 @@ def _encoded(content: Content) -> dict[str, bytes]:
 
 def _fill(files: Mapping[str, bytes], folder: Path) -> None:
     for name, data in files.items():
-        write_durably(folder / name, data)
+        with open(folder / name, "xb") as file:
+            file.write(data)
 
 
 def _entry(data: bytes) -> dict[str, Any]:

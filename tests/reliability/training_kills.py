@@ -65,12 +65,14 @@ class Ending:
         steps: how many were done, over all trainings in this folder up to now.
         told: what the user was told.
         digests: SHA-256 of the concept files.
+        calls: how many calls from the beginning of the first save on changed a file; 0 if killed.
     """
 
     status: int
     steps: int
     told: list[str]
     digests: list[str]
+    calls: int
 
 
 def endings(plans: Sequence[Plan]) -> list[Ending]:
@@ -114,21 +116,23 @@ def _die() -> None:
 def _forked(base: Base, plan: Plan) -> Ending:
     folder = Path(plan.folder)
     folder.mkdir(exist_ok=True)
-    notes = folder / "told.json"
+    notes = folder / "notes.json"
     notes.unlink(missing_ok=True)
     process = os.fork()
     if process == 0:
         os._exit(_child(base, plan, notes))
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    told = json.loads(notes.read_text()) if notes.exists() else []
+    noted = json.loads(notes.read_text()) if notes.exists() else {"told": [], "calls": 0}
     done = folder / "steps.txt"
     steps = int(done.read_text()) if done.exists() else 0
     files = sorted(folder.glob("*.safetensors"))
-    return Ending(status, steps, told, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return Ending(status, steps, noted["told"], digests, noted["calls"])
 
 
 def _child(base: Base, plan: Plan, notes: Path) -> int:
     told: list[str] = []
+    calls = Calls(plan.call)
 
     def on_step(step: int) -> None:
         (notes.parent / "steps.txt").write_text(str(step))
@@ -136,57 +140,65 @@ def _child(base: Base, plan: Plan, notes: Path) -> int:
             _die()
 
     try:
-        with _counted_calls(plan.call):
+        with calls.counted():
             train(base, plan, told, on_step)
         return 0
     except BaseException:
         traceback.print_exc()
         return 1
     finally:
-        notes.write_text(json.dumps(told))
+        notes.write_text(json.dumps({"told": told, "calls": calls.count}))
 
 
-@contextmanager
-def _counted_calls(last: int) -> Iterator[None]:
-    """Die at the call of this number; a write dies halfway, other calls before they act."""
-    count, begun, make = 0, False, checkpoints.write_folder
+class Calls:
+    """Counts the calls that change a file, from the beginning of the first save on.
 
-    def due() -> bool:
-        nonlocal count
-        count += begun
-        return begun and count == last
+    Args:
+        last: die at the call of this number; a write dies halfway, other calls before they act.
+    """
 
-    def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, last: int) -> None:
+        self.last, self.count, self.begun = last, 0, False
+
+    def due(self) -> bool:
+        self.count += self.begun
+        return self.begun and self.count == self.last
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        make, originals = checkpoints.write_folder, {name: getattr(os, name) for name in CALLS}
+
+        def begin(*args: Any, **options: Any) -> None:
+            self.begun = True
+            make(*args, **options)
+
+        checkpoints.write_folder = begin
+        checkpoints.open = storage.open = self._opened  # type: ignore[attr-defined]
+        try:
+            for name, call in originals.items():
+                setattr(os, name, self._deadly(call))
+            yield
+        finally:
+            checkpoints.write_folder = make
+            del checkpoints.open, storage.open  # type: ignore[attr-defined]
+            for name, call in originals.items():
+                setattr(os, name, call)
+
+    def _deadly(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **options: Any) -> Any:
-            if due():
+            if self.due():
                 _die()
             return call(*args, **options)
 
         return called
 
-    def opened(descriptor: int | Path, mode: str, *rest: Any) -> Any:
-        if "w" in mode and due():
-            assert isinstance(descriptor, int)
-            os.write(descriptor, b"half of it")
-            _die()
-        return open(descriptor, mode, *rest)
-
-    def begin(*args: Any, **options: Any) -> None:
-        nonlocal begun
-        begun = True
-        make(*args, **options)
-
-    originals = {name: getattr(os, name) for name in CALLS}
-    checkpoints.write_folder, storage.open = begin, opened  # type: ignore[attr-defined]
-    try:
-        for name, call in originals.items():
-            setattr(os, name, deadly(call))
-        yield
-    finally:
-        checkpoints.write_folder = make  # type: ignore[attr-defined]
-        del storage.open  # type: ignore[attr-defined]
-        for name, call in originals.items():
-            setattr(os, name, call)
+    def _opened(self, file: int | Path, mode: str, *rest: Any) -> Any:
+        if mode in ("wb", "xb") and self.due():
+            with open(file, mode) as half:
+                half.write(b"half of it")
+                half.flush()
+                _die()
+        return open(file, mode, *rest)
 
 
 def _main() -> None:
