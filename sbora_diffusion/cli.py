@@ -14,6 +14,7 @@ from sbora_diffusion.cli_evaluate import evaluate
 from sbora_diffusion.cli_formats import export
 from sbora_diffusion.cli_generate import generate
 from sbora_diffusion.cli_library import inspect, library_app
+from sbora_diffusion.cli_llm import llm_app
 from sbora_diffusion.cli_merge import merge
 from sbora_diffusion.console import (
     BaseOption,
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(library_app, name="library", help="The concepts known here, their slots and files.")
 app.add_typer(bench_app, name="bench", help="The studies: what it costs, and how methods compare.")
+app.add_typer(llm_app, name="llm", help="Language models: train, eval, merge, export, count.")
 app.command()(inspect)
 app.command()(check)
 app.command()(merge)

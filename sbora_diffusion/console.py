@@ -2,13 +2,15 @@
 
 import errno
 import json
+import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,15 +124,13 @@ class Console:
             yield report
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(names: Sequence[str] = ("diffusers", "transformers")) -> None:
     """Silence the chatter and the bars of the libraries below; call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that it does without
+    for library in map(import_module, names):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
@@ -150,9 +150,13 @@ def open_base(
 
 
 def read_settings(
-    model: type[Settings], file: Path | None, pairs: list[str] | None, flags: dict[str, Any]
+    model: type[Settings],
+    file: Path | None,
+    pairs: list[str] | None,
+    flags: dict[str, Any],
+    preset: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Settings from a TOML file, then `-s key=value`, then the options of their own name.
+    """Settings from a preset, a TOML file, `-s key=value`, then the options of their own name.
 
     Raises:
         ConfigError: an unknown key or a value out of range.
@@ -160,7 +164,8 @@ def read_settings(
     values = read_toml(file) if file else {}
     validate(model, values, str(file))
     given = {key: value for key, value in flags.items() if value is not None}
-    return validate(model, {**values, **parse_overrides(pairs or []), **given}, "settings")
+    overrides = parse_overrides(pairs or [])
+    return validate(model, {**(preset or {}), **values, **overrides, **given}, "settings")
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:

@@ -49,6 +49,7 @@ def forbidden_imports(source: str) -> list[str]:
 def test_core_can_be_imported_where_diffusers_cannot():
     modules = modules_of(PACKAGE / "core")
     assert len(modules) >= 12 and "sbora_diffusion.core.tuner.layer" in modules
+    assert "sbora_diffusion.core.llm.training" in modules
     if importlib.util.find_spec("triton") is None:  # as on macOS
         modules.remove("sbora_diffusion.core.kernels")
     done = imports_under_a_ban(PACKAGE.parent, modules)

@@ -6,7 +6,6 @@ temporary name: files are written, the manifest last, all are forced to the disk
 gets its name in one rename. A process that is killed at any point leaves the checkpoints before it.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -21,16 +20,24 @@ from torch import Tensor
 
 from sbora_diffusion.core.errors import FormatError, IntegrityError, NonFiniteError
 from sbora_diffusion.core.folders import TEMPORARY, write_folder
+from sbora_diffusion.core.manifest import (
+    MANIFEST,
+    REMEDY,
+    Entry,
+    entry_of,
+    manifest_text,
+    read_manifest,
+    verify_file,
+)
 from sbora_diffusion.core.storage import canonical_json, decode, encode, strict_json
 
 FORMAT = 1
 KEPT = 2
-STATE, MANIFEST = "state.json", "manifest.json"
+STATE = "state.json"
 
 _NAME = re.compile(r"\d{6,}_step_\d+")
 _FILE = re.compile(r"[a-z]+\.(json|safetensors)")
 _STALE = re.compile(re.escape(TEMPORARY).replace(r"\{\}", r"(\d+)") + ".*")
-_REMEDY = "delete that checkpoint, or start anew without --resume"
 
 
 class Content(NamedTuple):
@@ -138,7 +145,7 @@ def read_checkpoint(path: Path) -> Content:
     """
     files = _manifest(path / MANIFEST)
     for name, entry in files.items():
-        _verify(path / name, entry)
+        verify_file(path / name, entry)
     document = strict_json((path / STATE).read_text(encoding="utf-8"))
     tables = sorted(name for name in files if name != STATE)
     return Content(document, {name.partition(".")[0]: decode(path / name)[0] for name in tables})
@@ -152,8 +159,8 @@ def _encoded(content: Content) -> dict[str, bytes]:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(f"{table} {name} is not finite and is not saved")
         files[f"{table}.safetensors"] = encode(tensors, {})
-    entries = {name: _entry(data) for name, data in files.items()}
-    files[MANIFEST] = canonical_json(_sealed(entries, FORMAT)).encode()
+    entries = {name: entry_of(data) for name, data in files.items()}
+    files[MANIFEST] = manifest_text(entries, FORMAT).encode()
     return files
 
 
@@ -163,47 +170,11 @@ def _fill(files: Mapping[str, bytes], folder: Path) -> None:
             file.write(data)
 
 
-def _entry(data: bytes) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-
-
-def _sealed(entries: Mapping[str, Any], version: Any) -> dict[str, Any]:
-    body = {"files": dict(entries), "format": version}
-    return {**body, "sha256": hashlib.sha256(canonical_json(body).encode()).hexdigest()}
-
-
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="ascii")
-        found = strict_json(text)
-        files, version = found["files"], found["format"]
-        whole = text == canonical_json(_sealed(files, version))
-    except FileNotFoundError as error:
-        raise _damaged(path, "missing") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(path, "damaged") from error
-    if not whole:
-        raise _damaged(path, "damaged")
+def _manifest(path: Path) -> dict[str, Entry]:
+    files, version = read_manifest(path)
     if version != FORMAT or STATE not in files or not all(map(_FILE.fullmatch, files)):
-        raise FormatError(f"{path} has format {version!r}, {FORMAT} is read", _REMEDY)
+        raise FormatError(f"{path} has format {version!r}, {FORMAT} is read", REMEDY)
     return files
-
-
-def _verify(path: Path, entry: Mapping[str, Any]) -> None:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise _damaged(path, "missing") from error
-    except OSError as error:
-        raise _damaged(path, f"unreadable ({error.strerror})") from error
-    if len(data) != entry["size"]:
-        raise _damaged(path, f"cut off or extended: {entry['size']} bytes, found {len(data)}")
-    if _entry(data) != entry:
-        raise _damaged(path, f"changed: SHA-256 {entry['sha256'][:12]}… does not hold")
-
-
-def _damaged(path: Path, how: str) -> IntegrityError:
-    return IntegrityError(f"{path} is {how}", _REMEDY)
 
 
 def _number(path: Path) -> int:

@@ -36,7 +36,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise ResourceError(f"{folder} cannot be written: {error.strerror}") from error
     try:
         fill(unfinished)
-        _settle(unfinished)
+        settle(unfinished)
         os.replace(unfinished, folder)
         sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -46,7 +46,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     """Force all files to the disk, with the mode that the umask gives; the safetensors library
     leaves 0600."""
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666

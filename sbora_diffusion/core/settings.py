@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +58,8 @@ def validate(model: type[Settings], values: Mapping[str, Any], source: str) -> S
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{source}: unknown key {key!r}", _nearest(key, model)) from error
+            known = sorted(model.model_fields)
+            raise ConfigError(f"{source}: unknown key {key!r}", nearest(key, known)) from error
         if first["type"] == "missing":
             raise ConfigError(f"{source}: key {key!r} is missing", f"add {key} = …") from error
         message = first["msg"].removeprefix("Value error, ")
@@ -66,7 +67,7 @@ def validate(model: type[Settings], values: Mapping[str, Any], source: str) -> S
         raise ConfigError(f"{source}: {key}: {message}{found}") from error
 
 
-def _nearest(key: str, model: type[BaseModel]) -> str:
-    known = sorted(model.model_fields)
+def nearest(key: str, known: Sequence[str], what: str = "keys") -> str:
+    """A remedy for an unknown name: the nearest known one, or all of them."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else f"known {what}: {', '.join(known)}"

@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from sbora_diffusion.core.allocation import indices_for
+from sbora_diffusion.core.allocation import check_capacity, indices_for
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.core.functional import SBORA, Variant, branch, delta_weight, join, scaling
 from sbora_diffusion.core.merging import Originals, fold, refold
@@ -92,12 +92,12 @@ class SboraLinear(nn.Module, BaseTunerLayer):
         device = base.weight.device
         shape = [base.out_features, base.in_features]
         dim = 1 if config.variant == "fa" else 0
-        indices = indices_for(layer_name, shape[dim], *config.index_range, config.allocation_seed)
+        indices = _indices(layer_name, shape[dim], config, device)
         shape[dim] = config.r
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(shape, dtype=dtype, device=device)
         self.sbora_factor[adapter_name] = nn.Parameter(zeros)
-        self.sbora_indices[adapter_name] = indices.to(device)
+        self.sbora_indices[adapter_name] = indices
         self.r[adapter_name] = config.r
         self.configs[adapter_name] = config
         self.weights[adapter_name] = 1.0
@@ -282,6 +282,15 @@ class SboraLinear(nn.Module, BaseTunerLayer):
             originals = refold(weight, self._originals, values)
         self._originals = originals if updates else None
         self._folded = updates
+
+
+def _indices(layer_name: str, width: int, config: SboraConfig, device: torch.device) -> Tensor:
+    """The adapter's indices in one layer; a model without weights, which is only counted, gets
+    none drawn."""
+    if device.type == "meta":
+        check_capacity({layer_name: width}, *config.index_range)
+        return torch.empty(config.r, dtype=torch.int32, device=device)
+    return indices_for(layer_name, width, *config.index_range, config.allocation_seed).to(device)
 
 
 def _check_linear(base: nn.Module, layer_name: str) -> None:

@@ -1,0 +1,1 @@
+"""Language models: the same adapter layers as for images, on transformers, PEFT and lm-eval."""
