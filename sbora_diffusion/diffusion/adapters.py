@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,7 +16,13 @@ from sbora_diffusion.core.errors import BaseMismatch, FormatError
 from sbora_diffusion.core.functional import Variant
 from sbora_diffusion.core.tuner import SboraConfig, SboraLinear
 from sbora_diffusion.core.tuner.layer import Gate
-from sbora_diffusion.diffusion.targets import by_component, name_prefix, target_layers
+from sbora_diffusion.diffusion.targets import (
+    DENOISERS,
+    adaptable,
+    by_component,
+    name_prefix,
+    target_layers,
+)
 
 
 def adapter_name(concept: str) -> str:
@@ -26,7 +32,7 @@ def adapter_name(concept: str) -> str:
 
 
 def inject(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     concept: str,
     layers: list[str],
     variant: Variant,
@@ -37,7 +43,7 @@ def inject(
     dropout: float = 0.0,
     merge_key: str | None = None,
 ) -> dict[str, SboraLinear]:
-    """Add a concept's zero adapter to the named layers of UNet and text encoder.
+    """Add a concept's zero adapter to the named layers of denoiser and text encoders.
 
     Returns:
         Canonical name → adapted layer; as many as were asked for.
@@ -68,7 +74,7 @@ def inject(
     return adapted
 
 
-def inject_concept(pipeline: StableDiffusionPipeline, concept: Concept, weight: float) -> None:
+def inject_concept(pipeline: Any, concept: Concept, weight: float) -> None:
     """Add a trained concept as an adapter."""
     meta = concept.meta
     refuse_misfits(pipeline, concept)
@@ -81,40 +87,40 @@ def inject_concept(pipeline: StableDiffusionPipeline, concept: Concept, weight: 
         layer.set_scale(adapter_name(meta.name), weight)
 
 
-def set_weight(pipeline: StableDiffusionPipeline, concept: str, weight: float) -> None:
+def set_weight(pipeline: Any, concept: str, weight: float) -> None:
     """Change the weight λ of one concept's adapter."""
     for layer in adapted_layers(pipeline):
         layer.set_scale(adapter_name(concept), weight)
 
 
-def eject(pipeline: StableDiffusionPipeline, concept: str) -> None:
-    """Take one concept's adapter out of UNet and text encoder."""
+def eject(pipeline: Any, concept: str) -> None:
+    """Take one concept's adapter out of all models."""
     adapter = adapter_name(concept)
-    if adapter in (getattr(pipeline.unet, "peft_config", None) or {}):
-        pipeline.unet.delete_adapters(adapter)
-    if adapter in (getattr(pipeline.text_encoder, "peft_config", None) or {}):
-        pipeline.text_encoder.delete_adapter(adapter)
-    for model in (pipeline.unet, pipeline.text_encoder):
+    for component, model in adaptable(pipeline):
+        if adapter in (getattr(model, "peft_config", None) or {}):
+            # The name that diffusers has for it, or transformers.
+            delete = model.delete_adapters if component in DENOISERS else model.delete_adapter
+            delete(adapter)
         _unwrap(model)
 
 
-def activate(pipeline: StableDiffusionPipeline, concepts: list[str]) -> None:
-    """Make exactly these concepts' adapters active, in both models, and freeze them; their updates
+def activate(pipeline: Any, concepts: list[str]) -> None:
+    """Make exactly these concepts' adapters active, in all models, and freeze them; their updates
     are added in the order given."""
     adapters = [adapter_name(concept) for concept in concepts]
     for layer in adapted_layers(pipeline):
         layer.set_adapter([a for a in adapters if a in layer.configs], inference_mode=True)
 
 
-def adapted_layers(pipeline: StableDiffusionPipeline) -> Iterator[SboraLinear]:
-    """Every layer with adapters, of both models."""
-    for model in (pipeline.unet, pipeline.text_encoder):
+def adapted_layers(pipeline: Any) -> Iterator[SboraLinear]:
+    """Every layer with adapters, of all models."""
+    for _, model in adaptable(pipeline):
         yield from (module for module in model.modules() if isinstance(module, SboraLinear))
 
 
 @contextmanager
-def gated(pipeline: StableDiffusionPipeline, gate: Gate) -> Iterator[None]:
-    """Let a gate decide how much of each adapter's update is added, in both models.
+def gated(pipeline: Any, gate: Gate) -> Iterator[None]:
+    """Let a gate decide how much of each adapter's update is added, in all models.
 
     It also acts on ordinary LoRAs, where the update is what `lora_B` gives.
     """
@@ -131,10 +137,10 @@ def gated(pipeline: StableDiffusionPipeline, gate: Gate) -> Iterator[None]:
             hook.remove()
 
 
-def _lora_hooks(pipeline: StableDiffusionPipeline, gate: Gate) -> list[RemovableHandle]:
+def _lora_hooks(pipeline: Any, gate: Gate) -> list[RemovableHandle]:
     return [
         up.register_forward_hook(partial(_gate_update, gate, adapter))
-        for model in (pipeline.unet, pipeline.text_encoder)
+        for _, model in adaptable(pipeline)
         for layer in model.modules()
         if isinstance(layer, LoraLayer)
         for adapter, up in layer.lora_B.items()
@@ -171,7 +177,7 @@ def _unwrap(model: nn.Module) -> None:
         setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010
 
 
-def refuse_misfits(pipeline: StableDiffusionPipeline, concept: Concept) -> None:
+def refuse_misfits(pipeline: Any, concept: Concept) -> None:
     """Raise FormatError if a factor does not have the shape of its layer."""
     side = 0 if concept.meta.variant == "fa" else 1
     bases = target_layers(pipeline)

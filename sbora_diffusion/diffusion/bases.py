@@ -6,31 +6,32 @@ import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from sbora_diffusion.core.concept import public_base_name
-from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
+from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError, SboraError
 from sbora_diffusion.core.fingerprint import Fingerprint, fingerprint
 from sbora_diffusion.diffusion.drawing import RecordedUNet
+from sbora_diffusion.diffusion.families import (
+    FAMILIES,
+    Family,
+    Told,
+    family_named,
+    family_of,
+)
 from sbora_diffusion.diffusion.graphs import device_obstacle
 from sbora_diffusion.diffusion.runtime import USUAL, Runtime, compile_in_place
-from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.targets import adaptable, target_layers
+from sbora_diffusion.diffusion.tokens import text_encoders
 
 POCKET = Path(__file__).parent.parent / "pocket"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row per model family: how to recognise it and what its checkpoints are called."""
-
-    name: str
-    cross_attention: int
-
-
-FAMILIES = (Family("pocket", 192), Family("sd1", 768), Family("sd2", 1024))
 
 
 @dataclass(eq=False)
@@ -40,17 +41,40 @@ class Base:
     Attributes:
         reference: what the user gave: "pocket", a folder, a hub id or a file.
         pipeline: stock diffusers; concepts are attached to or folded into it.
+        family: name of its row in `families.py`.
         folded: whether concepts are folded into its weights now.
         runtime: how its models are run.
-        recorded: its UNet's calls while pictures are drawn, as CUDA graphs.
+        recorded: its denoiser's calls while pictures are drawn, as CUDA graphs.
     """
 
     reference: str
-    pipeline: StableDiffusionPipeline
+    pipeline: Any
     family: str
     folded: bool = False
     runtime: Runtime = USUAL
     recorded: RecordedUNet = field(default_factory=RecordedUNet, init=False, repr=False)
+
+    @property
+    def kind(self) -> Family:
+        """What its family has in common."""
+        return family_named(self.family)
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return getattr(self.pipeline, self.kind.denoiser)
+
+    def refuse_several_encoders(self, what: str, remedy: str) -> None:
+        """Raise ConfigError, in the name of what reads one text encoder alone."""
+        if len(self.kind.encoders) > 1:
+            raise ConfigError(f"{what} cannot work yet with a base of family {self.family}", remedy)
+
+    def predicted(
+        self, denoiser: nn.Module, noised: Tensor, timesteps: Tensor, told: Told
+    ) -> Tensor:
+        """The prediction (B, C, H, W) of the denoiser, as it is or as it was prepared to train."""
+        scale = self.pipeline.vae_scale_factor
+        return self.kind.call(denoiser, noised, timesteps, told, scale)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -78,11 +102,11 @@ class Base:
     @property
     def resolution(self) -> int:
         """Pixels a side that the model was made for."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        return self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.unet.device
+        return self.denoiser.device
 
 
 def best_device() -> str:
@@ -101,7 +125,9 @@ def load_base(
     """Load a base model, ready for inference.
 
     Args:
-        reference: "pocket", a folder in diffusers layout, a hub id, or a `.safetensors` checkpoint.
+        reference: "pocket", a folder in diffusers layout, a hub id, or a `.safetensors` checkpoint;
+            where a folder of the same name without `.safetensors` lies beside a checkpoint, it
+            gives configurations and tokenizers, which diffusers else fetches from the hub.
         device: e.g. "cuda" or "cpu"; the best one present by default.
         dtype: "fp32", "fp16" or "bf16".
         runtime: how its models are run.
@@ -115,8 +141,11 @@ def load_base(
         raise ConfigError(f"dtype must be fp32, fp16 or bf16, got {dtype!r}")
     pipeline = _read(reference, DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
-    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    kind = family_of(reference, pipeline)
+    for model in _models(pipeline):
         model.requires_grad_(False)
+    if not kind.half_vae and pipeline.vae.dtype == torch.float16:
+        pipeline.vae.float()
     try:
         pipeline.to(device or best_device())
     except (RuntimeError, AssertionError) as error:
@@ -124,12 +153,17 @@ def load_base(
             f"device {device!r} cannot be used: {error}", "try --device cpu"
         ) from error
     if runtime.compiled:
-        compile_in_place(pipeline.unet)
-        compile_in_place(pipeline.text_encoder)
-    return Base(reference, pipeline, _family(reference, pipeline), runtime=runtime)
+        for _, model in adaptable(pipeline):
+            compile_in_place(model)
+    return Base(reference, pipeline, kind.name, runtime=runtime)
 
 
-def _read(reference: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _models(pipeline: Any) -> list[nn.Module]:
+    adapted = dict(adaptable(pipeline))
+    return [*adapted.values(), pipeline.vae, *text_encoders(pipeline).values()]
+
+
+def _read(reference: str, dtype: torch.dtype) -> Any:
     path = POCKET if reference == "pocket" else Path(reference)
     options = {
         "dtype": dtype,
@@ -150,42 +184,68 @@ def _read(reference: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     return _download(reference, options)
 
 
-def _read_file(path: Path, options: dict) -> StableDiffusionPipeline:
+def _read_file(path: Path, options: dict) -> Any:
     if path.suffix != ".safetensors":
         raise FormatError(f"base {path} is not a .safetensors file", "convert the checkpoint first")
+    beside = path.with_suffix("")
     try:
-        return StableDiffusionPipeline.from_single_file(str(path), **options)
+        if (beside / "model_index.json").is_file():
+            config = {"config": str(beside), "local_files_only": True}
+            return _pipeline_of(beside).from_single_file(str(path), **options, **config)
+        return _family_of_file(path).pipeline.from_single_file(str(path), **options)
+    except SboraError:
+        raise
     except Exception as error:
-        raise FormatError(f"base {path} cannot be read as a checkpoint: {error}") from error
+        raise FormatError(
+            f"base {path} cannot be read as a checkpoint: {error}",
+            f"without the hub, put configurations and tokenizers as a folder {beside.name}/ beside",
+        ) from error
 
 
-def _read_folder(path: Path, options: dict) -> StableDiffusionPipeline:
+def _family_of_file(path: Path) -> Family:
+    """The family that diffusers takes a checkpoint for, by the shapes of its tensors."""
+    with safe_open(path, "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    kind = infer_diffusers_model_type(tensors)
+    for family in FAMILIES:
+        if kind in family.checkpoints:
+            return family
+    raise FormatError(f"base {path} is a checkpoint of another kind: {kind}", _known())
+
+
+def _read_folder(path: Path, options: dict) -> Any:
     if not (path / "model_index.json").is_file():
         raise FormatError(
             f"base {path} has no model_index.json", "give a model folder in diffusers layout"
         )
     try:
-        return StableDiffusionPipeline.from_pretrained(str(path), **options, local_files_only=True)
+        pipeline = _pipeline_of(path)
+        return pipeline.from_pretrained(str(path), **options, local_files_only=True)
+    except SboraError:
+        raise
     except Exception as error:
         raise FormatError(f"base {path} cannot be read: {error}") from error
 
 
-def _download(reference: str, options: dict) -> StableDiffusionPipeline:
+def _pipeline_of(folder: Path) -> Any:
+    """The pipeline that a model folder names."""
+    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    for family in FAMILIES:
+        if family.pipeline.__name__ == name:
+            return family.pipeline
+    raise FormatError(f"base {folder} is a {str(name)[:80]}, which no known family has", _known())
+
+
+def _known() -> str:
+    return f"known families: {', '.join(family.name for family in FAMILIES)}"
+
+
+def _download(reference: str, options: dict) -> Any:
     try:
-        return StableDiffusionPipeline.from_pretrained(reference, **options)
+        return DiffusionPipeline.from_pretrained(reference, **options)
     except Exception as error:
         raise ResourceError(
             f"base {reference!r} is not a local folder and cannot be fetched from the hub",
             "check the name and the connection, or download it and give the folder",
         ) from error
-
-
-def _family(reference: str, pipeline: StableDiffusionPipeline) -> str:
-    width = pipeline.unet.config.cross_attention_dim
-    for family in FAMILIES:
-        if family.cross_attention == width:
-            return family.name
-    raise FormatError(
-        f"base {reference!r} has cross-attention width {width}, which no known family has",
-        f"known families: {', '.join(f'{f.name} ({f.cross_attention})' for f in FAMILIES)}",
-    )

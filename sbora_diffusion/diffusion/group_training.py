@@ -25,6 +25,7 @@ from sbora_diffusion.diffusion.bases import DTYPES, Base
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.lesson import Lesson
 from sbora_diffusion.diffusion.prompts import tokens_in
+from sbora_diffusion.diffusion.tokens import FIRST
 from sbora_diffusion.diffusion.training_loop import TrainingLoop
 
 _OWN = {
@@ -99,33 +100,42 @@ class GroupTraining(TrainingLoop):
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
         """Limit the norm of each concept's own gradient, as `clip_grad_norm_` does for one; the
         norms before, (lessons,)."""
-        owners = nn.functional.one_hot(self._owners(), len(self.lessons))
+        owners = {
+            tokens.vectors: nn.functional.one_hot(self._owners(encoder), len(self.lessons))
+            for encoder, tokens in self.trainables.items()
+        }
         squares = torch.zeros(len(self.lessons), device=self.base.device)
-        graded = [(p.grad, p is self.trainable.vectors) for p in parameters if p.grad is not None]
-        for grad, tokens in graded:
+        graded = [(p.grad, owners.get(p)) for p in parameters if p.grad is not None]
+        for grad, rows in graded:
             own = grad.float().flatten(1).square().sum(1)
-            squares += owners.to(own).T @ own if tokens else own
+            squares += own if rows is None else rows.to(own).T @ own
         norms = squares.sqrt()
         share = (self.config.max_gradient_norm / (norms + 1e-6)).clamp(max=1.0)
-        for grad, tokens in graded:
-            factor = owners.to(share) @ share if tokens else share
+        for grad, rows in graded:
+            factor = share if rows is None else rows.to(share) @ share
             grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
         return norms
 
-    def _owners(self) -> Tensor:
+    def _owners(self, encoder: str = FIRST) -> Tensor:
         """(vectors,): whose placeholder each trained vector belongs to; see `PlaceholderTokens`."""
         tokens = [lesson.subject.settings.token for lesson in self.lessons]
         order = sorted(range(len(tokens)), key=tokens.__getitem__)
-        counts = torch.tensor([len(self.lessons[k].initial) for k in order])
+        counts = torch.tensor([len(self.lessons[k].initial[encoder]) for k in order])
         return torch.tensor(order).repeat_interleave(counts).to(self.base.device)
 
     def concepts(self) -> list[Concept]:
         """The concepts in the order of the lessons, on the CPU; can be read at any step."""
-        owners = self._owners()
         return [
-            lesson.concept(self._layers(k, lesson), self.trainable.vectors[owners == k])
+            lesson.concept(self._layers(k, lesson), self._vectors(k))
             for k, lesson in enumerate(self.lessons)
         ]
+
+    def _vectors(self, entry: int) -> dict[str, Tensor]:
+        """Text encoder → the vectors of one concept's placeholder."""
+        return {
+            encoder: tokens.vectors[self._owners(encoder) == entry]
+            for encoder, tokens in self.trainables.items()
+        }
 
     def _layers(self, entry: int, lesson: Lesson) -> dict[str, LayerFactor]:
         config = lesson.config

@@ -13,11 +13,12 @@ from sbora_diffusion.diffusion.bases import DTYPES, Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import Example, load_examples, to_tensor
+from sbora_diffusion.diffusion.families import Encoder
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.pipeline import draw, encode
 from sbora_diffusion.diffusion.preservation import Preserved, preserved_examples
 from sbora_diffusion.diffusion.targets import target_layers
-from sbora_diffusion.diffusion.tokens import word_vectors
+from sbora_diffusion.diffusion.tokens import FIRST, word_vectors
 
 USUAL_VECTORS, MOST_VECTORS = 4, 8
 """Of a placeholder, where the recipe leaves it open; results/recipes.json has what more give."""
@@ -83,7 +84,7 @@ class Lesson:
     Attributes:
         layers: canonical name → adapted layer of the base.
         widths: canonical name → how many indices the layer has.
-        initial: (vectors, dim), what the placeholder starts from.
+        initial: text encoder → (vectors, dim), what the placeholder starts from there.
         prior: pictures of the bare class noun.
         preserved: what the base makes of generic prompts.
 
@@ -96,12 +97,20 @@ class Lesson:
         self.fingerprint = base.fingerprint
         size = config.resolution or base.resolution
         self.examples = load_examples(subject, size, config.copies, config.flip, config.seed)
-        self.initial = initial_vectors(base, subject.settings.class_noun, config.vectors)
+        self.initial = {
+            encoder.model: self._initial(encoder) for encoder in base.kind.present(base.pipeline)
+        }
         self.layers = target_layers(base.pipeline, config.targets)
         self.widths = {n: layer_width(layer, config.variant) for n, layer in self.layers.items()}
         check_capacity(self.widths, start, start + config.rank)
         self.prior = self._prior_examples() if config.prior_weight else []
         self.preserved = preserved_examples(base, size) if config.preservation else None
+
+    def _initial(self, encoder: Encoder) -> Tensor:
+        noun = self.subject.settings.class_noun
+        if not encoder.trained:
+            return word_vectors(self.base.pipeline, noun, encoder.model)
+        return initial_vectors(self.base, noun, self.config.vectors, encoder.model)
 
     def streams(self) -> list[Stream | Mindful]:
         """The subject's own batches and, where the recipe asks for them, those of its class; all
@@ -124,15 +133,26 @@ class Lesson:
         pictures = draw(self.base, [prompt] * count, [seed + k for k in range(count)])
         return [Example(to_tensor(picture), (prompt,)) for picture in pictures]
 
-    def concept(self, layers: Mapping[str, LayerFactor], vectors: Tensor) -> Concept:
+    def concept(self, layers: Mapping[str, LayerFactor], vectors: Mapping[str, Tensor]) -> Concept:
         """The concept of these factors, on the CPU and of the dtype that is saved.
 
         Args:
-            vectors: (vectors, dim) of the placeholder.
+            vectors: text encoder → (vectors, dim) of the placeholder; where it is missing, what it
+                started from.
         """
-        token = self.subject.settings.token
-        stored = vectors.detach().to("cpu", DTYPES[self.config.save_dtype], copy=True)
-        return sealed(Concept(self._meta(), dict(layers), {f"text_encoder.{token}": stored}))
+        token, dtype = self.subject.settings.token, DTYPES[self.config.save_dtype]
+        embeddings = {
+            f"{encoder}.{token}": rows.detach().to("cpu", dtype, copy=True)
+            for encoder, rows in {**self.initial, **vectors}.items()
+        }
+        return sealed(Concept(self._meta(), dict(layers), embeddings))
+
+    @property
+    def captions(self) -> list[str]:
+        """All texts of its batches."""
+        examples = [*self.examples, *self.prior]
+        own = [caption for example in examples for caption in example.captions]
+        return [*own, *(self.preserved.captions if self.preserved else ())]
 
     def _meta(self) -> ConceptMeta:
         config, settings, start = self.config, self.subject.settings, self.start
@@ -161,9 +181,9 @@ def layer_width(layer: nn.Linear, variant: str) -> int:
     return layer.in_features if variant == "fa" else layer.out_features
 
 
-def initial_vectors(base: Base, class_noun: str, count: int | None) -> Tensor:
+def initial_vectors(base: Base, class_noun: str, count: int | None, encoder: str = FIRST) -> Tensor:
     """The class noun's own embeddings, the last one repeated, or cut to `count`."""
-    vectors = word_vectors(base.pipeline, class_noun)
+    vectors = word_vectors(base.pipeline, class_noun, encoder)
     if not len(vectors):
         raise ConfigError(f"class noun {class_noun!r} has no tokens", "use a plain English noun")
     if count is None:

@@ -15,9 +15,8 @@ from sbora_diffusion.core.folded_set import FoldedSet, Weighted
 from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.model_card import card
-from sbora_diffusion.diffusion.pipeline import token_vectors
 from sbora_diffusion.diffusion.targets import target_layers
-from sbora_diffusion.diffusion.tokens import PlaceholderTokens
+from sbora_diffusion.diffusion.tokens import PlaceholderTokens, text_encoders
 
 RECORD = "sbora.json"
 
@@ -104,7 +103,8 @@ class Merged:
         self.base.pipeline.save_pretrained(folder)
         if dtype != self.base.pipeline.dtype:
             _convert(folder, dtype)
-        _load_in_fp32_by_default(folder / "text_encoder" / "config.json")
+        for encoder in text_encoders(self.base.pipeline):
+            _load_in_fp32_by_default(folder / encoder / "config.json")
         _forget_paths(folder)
         of_base = {
             "base": self.base.public_name,
@@ -178,7 +178,7 @@ def merge_record(
 def _vectors(concepts: Sequence[Weighted]) -> dict[str, torch.Tensor]:
     vectors: dict[str, torch.Tensor] = {}
     for concept, _ in concepts:
-        vectors |= token_vectors(concept)
+        vectors |= concept.embeddings
     return vectors
 
 

@@ -18,7 +18,7 @@ from sbora_diffusion.core.updates import Update
 from sbora_diffusion.diffusion.adapters import refuse_misfits
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.drawing import Kept
-from sbora_diffusion.diffusion.pipeline import draw_latents, token_vectors
+from sbora_diffusion.diffusion.pipeline import draw_latents
 from sbora_diffusion.diffusion.prompts import tokens_in
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens
@@ -108,10 +108,11 @@ def _vectors(concepts: Sequence[Concept]) -> dict[str, Tensor]:
     owners: dict[str, str] = {}
     vectors: dict[str, Tensor] = {}
     for concept in concepts:
-        for token, rows in token_vectors(concept).items():
-            if owners.setdefault(token, concept.meta.digest) != concept.meta.digest:
+        for name, rows in concept.embeddings.items():
+            if owners.setdefault(name, concept.meta.digest) != concept.meta.digest:
+                token = name.partition(".")[2]
                 raise ConflictError(f"{token} is the token of two concepts", "rename one of them")
-            vectors[token] = rows
+            vectors[name] = rows
     return vectors
 
 

@@ -1,4 +1,4 @@
-"""The denoising objective, for noise prediction and v-prediction."""
+"""The denoising objective, for noise prediction, v-prediction and flow matching."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from diffusers import DDPMScheduler
 from torch import Generator, Tensor
+
+from sbora_diffusion.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class NoisedBatch:
     noised: Tensor  # (B, C, H, W)
     timesteps: Tensor  # (B,)
     target: Tensor  # (B, C, H, W)
-    weight: Tensor  # (B,)
+    weight: Tensor  # (B,), or (B, 1, H, W) where parts of the picture count
 
 
 class Draw(NamedTuple):
@@ -24,7 +26,7 @@ class Draw(NamedTuple):
     latents: Tensor  # (B, C, H, W)
     noise: Tensor  # (B, C, H, W)
     timesteps: Tensor  # (B,)
-    weight: Tensor  # (B,)
+    weight: Tensor  # (B,), or (B, 1, H, W)
 
 
 class Objective:
@@ -48,10 +50,13 @@ class Objective:
         if self.noise_offset:
             shape = (*latents.shape[:2], 1, 1)
             noise = noise + self.noise_offset * torch.randn(shape, generator=generator)
-        steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, steps, latents.shape[:1], generator=generator)
+        timesteps = self._timesteps(len(latents), generator)
         weight = self._weight(timesteps).to(latents.device)
         return Draw(latents, noise.to(latents), timesteps.to(latents.device), weight)
+
+    def _timesteps(self, count: int, generator: Generator) -> Tensor:
+        steps = self.scheduler.config.num_train_timesteps
+        return torch.randint(0, steps, (count,), generator=generator)
 
     def noised(self, draw: Draw) -> NoisedBatch:
         """Clean latents with the noise that was drawn for them."""
@@ -72,8 +77,10 @@ class Objective:
 
     def errors(self, predicted: Tensor, batch: NoisedBatch) -> Tensor:
         """(B,), the weighted mean squared error of each sample, in fp32."""
-        error = (predicted.float() - batch.target.float()).square().mean(dim=(1, 2, 3))
-        return error * batch.weight
+        squares = (predicted.float() - batch.target.float()).square()
+        if batch.weight.dim() > 1:
+            return (squares * batch.weight).mean(dim=(1, 2, 3))
+        return squares.mean(dim=(1, 2, 3)) * batch.weight
 
     def _weight(self, timesteps: Tensor) -> Tensor:
         if self.min_snr_gamma is None:
@@ -82,3 +89,39 @@ class Objective:
         snr = alphas / (1 - alphas)
         clamped = snr.clamp_max(self.min_snr_gamma)
         return clamped / (snr + 1 if self.velocity else snr)
+
+
+class FlowObjective(Objective):
+    """Rectified flow (arXiv 2403.03206, section 2): latents and noise are mixed by sigma, and the
+    velocity, noise − latents, is predicted.
+
+    Sigma is logit-normal (its section 3.1), shifted as the scheduler shifts it for sampling.
+    """
+
+    def __init__(self, scheduler_config, noise_offset: float, min_snr_gamma: float | None):
+        if min_snr_gamma is not None:
+            raise ConfigError(
+                "min_snr_gamma is for bases that predict noise or v, this one predicts a flow",
+                "leave it out",
+            )
+        self.noise_offset, self.min_snr_gamma = noise_offset, None
+        self._shift = scheduler_config["shift"]
+        self._steps = scheduler_config["num_train_timesteps"]
+
+    def noised(self, draw: Draw) -> NoisedBatch:
+        latents, noise, timesteps, weight = draw
+        sigma = self._sigma(timesteps, latents)
+        noised = (1 - sigma) * latents + sigma * noise
+        return NoisedBatch(noised, timesteps, noise - latents, weight)
+
+    def explained(self, batch: NoisedBatch, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self._sigma(batch.timesteps, predicted)
+        return batch.noised - sigma * predicted, batch.noised + (1 - sigma) * predicted
+
+    def _sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        return (timesteps / self._steps).view(-1, 1, 1, 1).to(like)
+
+    def _timesteps(self, count: int, generator: Generator) -> Tensor:
+        """(B,), not whole: sigma in the units of the model."""
+        drawn = torch.randn(count, generator=generator).sigmoid()
+        return self._steps * self._shift * drawn / (1 + (self._shift - 1) * drawn)

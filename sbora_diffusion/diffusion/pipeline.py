@@ -13,12 +13,14 @@ from sbora_diffusion.core.folded_set import Weighted, refuse_bad_weight
 from sbora_diffusion.diffusion.adapters import activate, eject, inject_concept, set_weight
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.prompts import spelled, tokens_in
-from sbora_diffusion.diffusion.tokens import PlaceholderTokens
+from sbora_diffusion.diffusion.tokens import PlaceholderTokens, expanded
 
 StepCallback = Callable[[int, int], None]
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.0
 AT_ONCE = 4
 """Pictures in a batch of `draw`."""
+ENCODED = 8 * 512 * 512
+"""Pixels that the autoencoder reads at once."""
 
 
 class Sampler(Protocol):
@@ -68,7 +70,7 @@ class ConceptPipeline:
         rounded = compare(concept.meta.fingerprint, self.fingerprint) == "rounded"
         check_mergeable([*self.concepts.values(), concept], allow_overlap)
         refuse_bad_weight(weight)
-        self.tokens.add(token_vectors(concept))
+        self.tokens.add(concept.embeddings)
         try:
             inject_concept(self.base.pipeline, concept, weight)
         except SboraError:
@@ -148,7 +150,7 @@ class ConceptPipeline:
 
 
 def token_vectors(concept: Concept) -> dict[str, torch.Tensor]:
-    """Placeholder token → (vectors, dim) of the (only) text encoder."""
+    """Placeholder token → (vectors, dim) of the first text encoder."""
     prefix = "text_encoder."
     return {
         k.removeprefix(prefix): v for k, v in concept.embeddings.items() if k.startswith(prefix)
@@ -229,11 +231,24 @@ def draw_latents(
     Args:
         size: height and width of the pictures in pixels, the base's own by default.
     """
-    texts = {
-        "prompt": [spelled(prompt) for prompt in prompts],
-        "negative_prompt": [spelled(negative_prompt)] * len(prompts),
-    }
+    texts = told_texts(base, "prompt", prompts)
+    if negative_prompt:  # without one, a base's unconditional half is what it was trained with
+        texts |= told_texts(base, "negative_prompt", [negative_prompt] * len(prompts))
     return sample(base, texts, seeds, steps, guidance, on_step, size)
+
+
+def told_texts(base: Base, name: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Texts as diffusers' pipeline takes them under this name, placeholders spelled as the
+    vocabulary has them and, where the pipeline does not do it, with all their vectors."""
+    pipeline, texts = base.pipeline, [spelled(text) for text in texts]
+    if hasattr(pipeline, "maybe_convert_prompt"):
+        return {name: texts}
+    names = zip((name, f"{name}_2", f"{name}_3"), base.kind.encoders, strict=False)
+    return {
+        own: [expanded(text, getattr(pipeline, encoder.tokenizer)) for text in texts]
+        for own, encoder in names
+        if encoder in base.kind.present(pipeline)
+    }
 
 
 def sample(
@@ -265,7 +280,7 @@ def sample(
         return values
 
     height, width = size or (None, None)
-    with base.recorded.replaying(base.pipeline.unet, base.runtime.graphs):
+    with base.recorded.replaying(base.denoiser, base.runtime.graphs):
         return base.pipeline(
             **texts,
             height=height,
@@ -282,16 +297,19 @@ def sample(
 def encode(base: Base, pixels: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [−1, 1] → scaled latents (B, C, h, w), the mean of each."""
     vae = base.pipeline.vae
-    batches = pixels.split(8)
+    batches = pixels.split(max(1, ENCODED // pixels[0, 0].numel()))
     latents = [vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean for batch in batches]
-    return torch.cat(latents) * vae.config.scaling_factor
+    return (torch.cat(latents) - _shift(vae)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(base: Base, latents: torch.Tensor) -> list[Image.Image]:
     """Latents (B, C, H, W) → pictures."""
     pipeline = base.pipeline
-    pixels = pipeline.vae.decode(
-        latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-    )
+    vae = pipeline.vae
+    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae))
     return pipeline.image_processor.postprocess(pixels.sample, output_type="pil")
+
+
+def _shift(vae: Any) -> float:
+    return vae.config.shift_factor or 0.0

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.generic import generic_prompts
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.pipeline import AT_ONCE, draw_latents
+from sbora_diffusion.diffusion.texts import Texts
+from sbora_diffusion.diffusion.tokens import text_encoders
 
 PICTURES, NOISED, STEPS = 16, 6, 10
 """Generic pictures that are drawn, how often each is noised, and the steps of drawing it."""
@@ -59,7 +61,8 @@ def preserved_examples(base: Base, size: int) -> Preserved:
 
 def _made(base: Base, size: int) -> Preserved:
     prompts = generic_prompts(PICTURES, SEED)
-    objective = Objective(base.pipeline.scheduler.config, 0.0, None)
+    objective = base.kind.objective(base.pipeline.scheduler.config, 0.0, None)
+    texts = Texts(base)
     generator = Generator().manual_seed(SEED)
     parts, captions = [], []
     for start in range(0, PICTURES, AT_ONCE):
@@ -67,23 +70,21 @@ def _made(base: Base, size: int) -> Preserved:
         seeds = range(start, start + len(some))
         latents = draw_latents(base, some, seeds, STEPS, size=(size, size)).cpu()
         for _ in range(NOISED):
-            parts.append(_explained(base, objective, objective.draw(latents, generator), some))
+            drawn = objective.draw(latents, generator)
+            parts.append(_explained(base, texts, objective, drawn, some))
             captions += some
     return Preserved(Draw(*map(torch.cat, zip(*parts, strict=True))), tuple(captions))
 
 
 @torch.no_grad()
-def _explained(base: Base, objective: Objective, draw: Draw, prompts: list[str]) -> Draw:
+def _explained(
+    base: Base, texts: Texts, objective: Objective, draw: Draw, prompts: list[str]
+) -> Draw:
     """The draw with the latents and noise that the model's prediction says."""
-    batch = objective.noised(draw)
-    unet = base.pipeline.unet
-    noised = batch.noised.to(base.device, unet.dtype)
-    states = _states(base, prompts)
-    predicted = unet(noised, batch.timesteps.to(base.device), states).sample
+    batch, denoiser = objective.noised(draw), base.denoiser
+    noised, timesteps = batch.noised.to(base.device, denoiser.dtype), batch.timesteps
+    ids = torch.stack([texts.ids(prompt) for prompt in prompts]).to(base.device)
+    told = texts.told(text_encoders(base.pipeline), ids, noised.dtype)
+    predicted = base.predicted(denoiser, noised, timesteps.to(base.device), told)
     latents, noise = objective.explained(batch, predicted.float().cpu())
     return draw._replace(latents=latents, noise=noise)
-
-
-def _states(base: Base, prompts: list[str]) -> Tensor:
-    states, _ = base.pipeline.encode_prompt(prompts, base.device, 1, False)
-    return states

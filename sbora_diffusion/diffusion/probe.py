@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sbora_diffusion.diffusion.bases import Base
-from sbora_diffusion.diffusion.noise import Objective
 from sbora_diffusion.diffusion.pipeline import encode
+from sbora_diffusion.diffusion.texts import Texts
+from sbora_diffusion.diffusion.tokens import text_encoders
 
 DRAWS = 4
 
@@ -24,14 +25,15 @@ def denoising_error(base: Base, pictures: Sequence[Tensor], caption: str, seed: 
         caption: what the model is told about all of them.
     """
     pipeline = base.pipeline
-    objective = Objective(pipeline.scheduler.config, noise_offset=0.0, min_snr_gamma=None)
+    objective = base.kind.objective(pipeline.scheduler.config, 0.0, None)
     generator = torch.Generator().manual_seed(seed)
     latents = encode(base, torch.stack(list(pictures)))
-    states, _ = pipeline.encode_prompt(caption, base.device, 1, False)
+    texts = Texts(base)
+    ids = texts.ids(caption).to(base.device).expand(len(latents), -1)
+    told = texts.told(text_encoders(pipeline), ids, latents.dtype)
     losses = []
     for _ in range(DRAWS):
         batch = objective.noised(objective.draw(latents, generator))
-        told = states.expand(len(latents), -1, -1)
-        predicted = pipeline.unet(batch.noised, batch.timesteps, told).sample
+        predicted = base.predicted(base.denoiser, batch.noised, batch.timesteps, told)
         losses.append(objective.errors(predicted, batch).mean())
     return torch.stack(losses).mean().item()

@@ -95,6 +95,8 @@ class Regions:
     """
 
     def __init__(self, pipeline: ConceptPipeline, boxes: Mapping[str, Box] | None = None):
+        remedy = "draw without regions, which tell concepts apart by their tokens alone"
+        pipeline.base.refuse_several_encoders("regions", remedy)
         self.pipeline, self.boxes = pipeline, boxes
         if boxes is not None:
             _check_names(pipeline, boxes)

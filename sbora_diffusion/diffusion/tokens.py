@@ -6,10 +6,11 @@ A placeholder may have several vectors. The vectors after the first get the name
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -17,6 +18,13 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from sbora_diffusion.core.errors import ConflictError, FormatError
 
 SPARE_ROWS = 256
+ENCODERS = {
+    "text_encoder": "tokenizer",
+    "text_encoder_2": "tokenizer_2",
+    "text_encoder_3": "tokenizer_3",
+}
+"""Text encoder → its tokenizer, as diffusers' pipelines name them."""
+FIRST = "text_encoder"
 
 
 def vector_names(token: str, count: int) -> list[str]:
@@ -24,42 +32,112 @@ def vector_names(token: str, count: int) -> list[str]:
     return [token, *(f"{token}_{k}" for k in range(1, count))]
 
 
-def word_vectors(pipeline: StableDiffusionPipeline, words: str) -> Tensor:
+def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """The text encoders that a pipeline has, by name."""
+    found = {name: getattr(pipeline, name, None) for name in ENCODERS}
+    return {name: model for name, model in found.items() if model is not None}
+
+
+def word_vectors(pipeline: Any, words: str, encoder: str = FIRST) -> Tensor:
     """The base's embeddings of some words, (tokens, dim), fp32: where a placeholder starts."""
-    ids = pipeline.tokenizer(words, add_special_tokens=False).input_ids
-    weight = pipeline.text_encoder.get_input_embeddings().weight
+    ids = getattr(pipeline, ENCODERS[encoder])(words, add_special_tokens=False).input_ids
+    weight = getattr(pipeline, encoder).get_input_embeddings().weight
     return weight[torch.tensor(ids, device=weight.device)].detach().float().clone()
 
 
-def refuse_known_token(pipeline: StableDiffusionPipeline, token: str) -> None:
+def refuse_known_token(pipeline: Any, token: str) -> None:
     """Raise ConflictError if the base's vocabulary already has this token."""
-    _refuse_known(pipeline.tokenizer, token)
+    for encoder in text_encoders(pipeline):
+        _refuse_known(getattr(pipeline, ENCODERS[encoder]), token)
 
 
 class PlaceholderTokens:
-    """The placeholder rows of one pipeline.
+    """The placeholder rows of one pipeline, in each of its text encoders.
+
+    Their names are those of a concept file, `text_encoder_2.<cat>`; `<cat>` alone is the first text
+    encoder's.
+    """
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+        for name, model in text_encoders(pipeline).items():
+            _pool_at_the_end(model, getattr(pipeline, ENCODERS[name]).eos_token_id)
+        self._rows = {name: _EncoderTokens(pipeline, name) for name in text_encoders(pipeline)}
+        self._vectors: dict[str, Tensor] = {}
+
+    @property
+    def base_size(self) -> int:
+        """Words in the first text encoder's own vocabulary."""
+        return self._rows[FIRST].base_size
+
+    def set(self, vectors: Mapping[str, Tensor]) -> None:
+        """Make `vectors` (name → (count, dim)) the whole set of placeholders.
+
+        Raises:
+            ConflictError: a token is in the base's vocabulary; nothing is changed.
+            FormatError: the vectors are not as wide as the base's, or for a text encoder that it
+                does not have; nothing is changed.
+        """
+        named = {_full_name(name): rows for name, rows in vectors.items()}
+        split = _by_encoder(named, self._rows)
+        for encoder, rows in self._rows.items():
+            rows.check(split[encoder])
+        for encoder, rows in self._rows.items():
+            rows.set(split[encoder])
+        self._vectors = named
+
+    def add(self, vectors: Mapping[str, Tensor]) -> None:
+        """Add placeholders; raises as `set` does, and for a placeholder that is there already."""
+        for token in {_split(_full_name(name))[1] for name in vectors}:
+            refuse_known_token(self.pipeline, token)
+        self.set({**self._vectors, **vectors})
+
+    def remove(self, tokens: list[str]) -> None:
+        """Take placeholders out of all text encoders."""
+        self.set({n: v for n, v in self._vectors.items() if _split(n)[1] not in tokens})
+
+
+def _full_name(name: str) -> str:
+    return name if "." in name else f"{FIRST}.{name}"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`text_encoder_2.<cat>` → its two parts."""
+    encoder, _, token = name.partition(".")
+    return encoder, token
+
+
+def _by_encoder(
+    vectors: Mapping[str, Tensor], encoders: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    split: dict[str, dict[str, Tensor]] = {encoder: {} for encoder in encoders}
+    for name, rows in vectors.items():
+        encoder, token = _split(name)
+        if encoder not in split:
+            raise FormatError(f"{token} has vectors for {encoder}, which the base does not have")
+        split[encoder][token] = rows
+    return split
+
+
+class _EncoderTokens:
+    """The placeholder rows of one text encoder.
 
     The rows are packed anew, in sorted order, whenever the set changes, so that the model does not
     depend on the order in which concepts came and went, nor on any random state. The base's rows
     are copied once; after that a change costs what the placeholders cost.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline):
-        self.pipeline = pipeline
-        self._base_embedding = pipeline.text_encoder.get_input_embeddings()
-        self.base_size = self._base_embedding.num_embeddings
-        self._base_tokenizer = pipeline.tokenizer
+    def __init__(self, pipeline: Any, encoder: str):
+        self._pipeline, self._encoder = pipeline, getattr(pipeline, encoder)
+        self._base_embedding = self._encoder.get_input_embeddings()
+        self._tokenizer_name = ENCODERS[encoder]
+        self._base_tokenizer = getattr(pipeline, self._tokenizer_name)
         self._table: Tensor | None = None
-        self._vectors: dict[str, Tensor] = {}
+        # T5 has more rows than words: an added word takes the first of these.
+        self.base_size = min(self._base_embedding.num_embeddings, len(self._base_tokenizer))
 
     def set(self, vectors: Mapping[str, Tensor]) -> None:
-        """Make `vectors` (token → (count, dim)) the whole set of placeholders.
-
-        Raises:
-            ConflictError: a token is in the base's vocabulary; nothing is changed.
-            FormatError: the vectors are not as wide as the base's; nothing is changed.
-        """
-        self._check(vectors)
+        """Make `vectors` (token → (count, dim)), which were checked, the whole set."""
         ordered = {token: vectors[token] for token in sorted(vectors)}
         tokenizer, embedding = self._base_tokenizer, self._base_embedding
         if ordered:
@@ -67,21 +145,12 @@ class PlaceholderTokens:
             tokenizer = _extended(self._base_tokenizer, names)
             rows = self._rows(torch.cat([v.to(embedding.weight) for v in ordered.values()]))
             embedding = nn.Embedding.from_pretrained(rows, freeze=True)
-        self._vectors = ordered
-        self.pipeline.tokenizer = tokenizer
-        self.pipeline.text_encoder.set_input_embeddings(embedding)
-        self.pipeline.text_encoder.config.vocab_size = embedding.num_embeddings
+        setattr(self._pipeline, self._tokenizer_name, tokenizer)
+        self._encoder.set_input_embeddings(embedding)
+        self._encoder.config.vocab_size = embedding.num_embeddings
 
-    def add(self, vectors: Mapping[str, Tensor]) -> None:
-        """Add placeholders; raises as `set` does, and for a placeholder that is there already."""
-        for token in vectors:
-            refuse_known_token(self.pipeline, token)
-        self.set({**self._vectors, **vectors})
-
-    def remove(self, tokens: list[str]) -> None:
-        self.set({t: v for t, v in self._vectors.items() if t not in tokens})
-
-    def _check(self, vectors: Mapping[str, Tensor]) -> None:
+    def check(self, vectors: Mapping[str, Tensor]) -> None:
+        """Raise if `set` cannot take these."""
         width = self._base_embedding.weight.shape[1]
         for token, rows in vectors.items():
             _refuse_known(self._base_tokenizer, token)
@@ -90,24 +159,47 @@ class PlaceholderTokens:
 
     def _rows(self, placeholders: Tensor) -> Tensor:
         """The base's rows, then these: a view of a table with spare rows at its end."""
-        base, size = self._base_embedding.weight.detach(), self.base_size + len(placeholders)
-        table = self._table
+        base, stop = self._base_embedding.weight.detach(), self.base_size + len(placeholders)
+        size, table = max(stop, len(base)), self._table
         if table is None or len(table) < size or table.dtype != base.dtype:
             table = base.new_empty(size + SPARE_ROWS, base.shape[1])
-            table[: self.base_size] = base
+            table[: len(base)] = base
             self._table = table
-        table[self.base_size : size] = placeholders
+        table[self.base_size : stop] = placeholders
+        table[stop:size] = base[stop:]
         return table[:size]
 
 
-def read_texts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> BatchEncoding:
+def _pool_at_the_end(encoder: Any, end: int) -> None:
+    """Older CLIP configurations say that texts end with token 2, and transformers then pools at the
+    highest number of a text: a placeholder's. Without one, both give the same."""
+    if encoder.config.eos_token_id == 2 != end:
+        encoder.config.eos_token_id = end
+        for module in encoder.modules():
+            if getattr(module, "eos_token_id", None) == 2:
+                module.eos_token_id = end
+
+
+def expanded(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text with all vectors of its placeholders, as diffusers' pipelines expand it; that of
+    Stable Diffusion 3 does not."""
+    return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
+
+
+def read_texts(
+    pipeline: Any, texts: Sequence[str], encoder: str = FIRST, length: int | None = None
+) -> BatchEncoding:
     """Ids and mask of texts, all their placeholders' vectors among them, padded or cut to the
-    length that the text encoder reads: (N, tokens) each."""
-    tokenizer = pipeline.tokenizer
+    length that the text encoder reads: (N, tokens) each.
+
+    Args:
+        length: tokens that are read, as many as the tokenizer says by default.
+    """
+    tokenizer = getattr(pipeline, ENCODERS[encoder])
     return tokenizer(
-        [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts],
+        [expanded(text, tokenizer) for text in texts],
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )

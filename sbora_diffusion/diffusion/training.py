@@ -14,6 +14,7 @@ from sbora_diffusion.diffusion.bases import DTYPES, Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.lesson import Lesson
+from sbora_diffusion.diffusion.targets import adaptable
 from sbora_diffusion.diffusion.training_loop import StepRecord, TrainingLoop
 
 
@@ -37,7 +38,7 @@ class ConceptTraining(TrainingLoop):
     def __init__(self, base: Base, subject: Subject, config: TrainConfig, start: int):
         self.lesson = Lesson(base, subject, config, start)
         self.subject, self.start, self.layers = subject, start, self.lesson.layers
-        models = (base.pipeline.unet, base.pipeline.text_encoder)
+        models = [model for _, model in adaptable(base.pipeline)]
         recalls = config.variant == "fb" and not base.runtime.compiled
         self._norms = [norm for model in models for norm in plain_norms(model)] if recalls else []
         self._hooks = ExitStack()
@@ -86,7 +87,8 @@ class ConceptTraining(TrainingLoop):
         """The trained concept, on the CPU; it can be read at any step."""
         dtype = DTYPES[self.config.save_dtype]
         layers = trained_layers(self.adapted, self.subject.settings.name, dtype)
-        return self.lesson.concept(layers, self.trainable.vectors)
+        vectors = {encoder: tokens.vectors for encoder, tokens in self.trainables.items()}
+        return self.lesson.concept(layers, vectors)
 
     def token_vectors(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The placeholder's vectors (vectors, dim) as they are now, copied to the CPU."""

@@ -3,9 +3,9 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,13 @@ from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once,
 from sbora_diffusion.diffusion.lesson import Lesson, Mindful, Stream
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.state import Batch, Feed, TrainingState
-from sbora_diffusion.diffusion.tokens import PlaceholderTokens, TrainableTokens, read_texts
+from sbora_diffusion.diffusion.texts import Texts
+from sbora_diffusion.diffusion.tokens import (
+    FIRST,
+    PlaceholderTokens,
+    TrainableTokens,
+    text_encoders,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,6 @@ class TrainingLoop(ABC):
         self.obstacle = self._obstacle()
         self.resumed: Content | None = None
         self.state: TrainingState | None = None
-        self._token_ids = cache(self._encoded)
         self._attach()
 
     @abstractmethod
@@ -96,23 +101,50 @@ class TrainingLoop(ABC):
         return TrainableTokens(embedding, count)
 
     def _attach(self) -> None:
-        pipeline, config = self.base.pipeline, self.config
+        pipeline = self.base.pipeline
         self.tokens = PlaceholderTokens(pipeline)
-        initial = {lesson.subject.settings.token: lesson.initial for lesson in self.lessons}
-        self.tokens.add(initial)
+        self.tokens.add(
+            {
+                f"{encoder}.{lesson.subject.settings.token}": vectors
+                for lesson in self.lessons
+                for encoder, vectors in lesson.initial.items()
+            }
+        )
         self._put_in()
-        embedding = pipeline.text_encoder.get_input_embeddings()
-        self.trainable = self._placeholders(embedding, sum(map(len, initial.values())))
-        pipeline.text_encoder.set_input_embeddings(self.trainable)
-        if config.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-            pipeline.text_encoder.gradient_checkpointing_enable()
+        self.models = {name: getattr(pipeline, name) for name in self._trained_models()}
+        self.texts = Texts(self.base, text_encoders(pipeline).keys() - self.models.keys())
+        self.trainables = {
+            name: self._trainable(name) for name in self.models if name != self.base.kind.denoiser
+        }
+        if self.config.gradient_checkpointing:
+            for name, model in self.models.items():
+                _checkpointed(model, name == self.base.kind.denoiser, True)
+
+    def _trained_models(self) -> list[str]:
+        """The denoiser, and the text encoders through which something is learned."""
+        kind, config = self.base.kind, self.config
+        trained = [e.model for e in kind.present(self.base.pipeline) if e.trained]
+        reads = config.rate_tokens > 0 or config.rate_text_encoder > 0
+        return [kind.denoiser, *(trained if reads else [])]
+
+    def _trainable(self, encoder: str) -> TrainableTokens:
+        """Let the placeholders of one text encoder be trained."""
+        model = self.models[encoder]
+        count = sum(len(lesson.initial[encoder]) for lesson in self.lessons)
+        tokens = self._placeholders(model.get_input_embeddings(), count)
+        model.set_input_embeddings(tokens)
+        return tokens
+
+    @property
+    def trainable(self) -> TrainableTokens:
+        """The placeholders of the first text encoder."""
+        return self.trainables[FIRST]
 
     def _train_mode(self, on: bool) -> None:
         """Dropout and the text encoder's checkpointing work in train mode alone; pictures drawn
         between the steps must not see it."""
-        self.base.pipeline.unet.train(on)
-        self.base.pipeline.text_encoder.train(on)
+        for model in self.models.values():
+            model.train(on)
 
     def steps(self) -> Iterator[StepRecord]:
         """Train; one record after each optimizer step, of those that `resumed` has not done.
@@ -124,8 +156,9 @@ class TrainingLoop(ABC):
         """
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(config.seed)  # dropout draws from the global generator
+        models = self._prepared()
         streams = [lesson.streams() for lesson in self.lessons]
-        objective = Objective(
+        objective = self.base.kind.objective(
             self.base.pipeline.scheduler.config, config.noise_offset, config.min_snr_gamma
         )
         groups = self._parameter_groups()
@@ -138,15 +171,13 @@ class TrainingLoop(ABC):
         feed = Feed(partial(self._batches, objective, streams), generators)
         state = self._begun(TrainingState(parameters, optimizer, accelerator.scaler, feed))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate, state.step - 1)
-        unet, text_encoder, optimizer = accelerator.prepare(
-            self.base.pipeline.unet, self.base.pipeline.text_encoder, optimizer
-        )
-        learn = self._recorded(partial(self._learn, unet, text_encoder, objective), parameters)
+        optimizer = accelerator.prepare(optimizer)
+        learn = self._recorded(partial(self._learn, models, objective), parameters)
         for step in range(state.step + 1, config.steps + 1):
             began, totals = time.monotonic(), [0.0] * len(streams)
             self._train_mode(True)
             for _ in range(config.gradient_accumulation):
-                with accelerator.accumulate(unet):
+                with accelerator.accumulate():
                     losses = torch.stack([learn(*batch) for batch in feed.batches]).sum(0)
                     feed.draw()  # while the device works
                     norms = self._clip(parameters) if accelerator.sync_gradients else losses[:0]
@@ -195,22 +226,31 @@ class TrainingLoop(ABC):
             learn = partial(adding_at_once, learn, parameters)
         return Recorded(learn, self.base.device, self.obstacle, gradients)
 
+    def _prepared(self) -> dict[str, nn.Module]:
+        """The models as accelerate runs them, by name; texts that stay are read once."""
+        prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        models = {name: prepare(model) for name, model in self.models.items()}
+        with self.accelerator.autocast():
+            self.texts.keep(text for lesson in self.lessons for text in lesson.captions)
+        return models
+
     def _learn(
-        self, unet: nn.Module, text_encoder: nn.Module, objective: Objective, *batch: Tensor
+        self, models: Mapping[str, nn.Module], objective: Objective, *batch: Tensor
     ) -> Tensor:
         """(lessons,), the loss of each; adds to the gradients."""
-        losses = self._losses(unet, text_encoder, objective, Batch(*batch))
+        losses = self._losses(models, objective, Batch(*batch))
         self.accelerator.backward(losses.sum())
         return losses.detach()
 
     def _losses(
-        self, unet: nn.Module, text_encoder: nn.Module, objective: Objective, batch: Batch
+        self, models: Mapping[str, nn.Module], objective: Objective, batch: Batch
     ) -> Tensor:
         """(lessons,), the loss of each; all in one pass."""
         ids, *draw = batch
         noised = objective.noised(Draw(*draw))
-        states = text_encoder(ids)[0].to(noised.noised.dtype)
-        predicted = unet(noised.noised, noised.timesteps, states).sample
+        told = self.texts.told(models, ids, noised.noised.dtype)
+        denoiser = models[self.base.kind.denoiser]
+        predicted = self.base.predicted(denoiser, noised.noised, noised.timesteps, told)
         return objective.errors(predicted, noised).view(len(self.lessons), -1).mean(1)
 
     def _batches(self, objective: Objective, streams: list[list[Stream | Mindful]]) -> list[Batch]:
@@ -221,17 +261,14 @@ class TrainingLoop(ABC):
 
     def _batch(self, objective: Objective, streams: Sequence[Stream | Mindful]) -> Batch:
         drawn = [stream.draw(objective, self.config.batch_size) for stream in streams]
-        ids = torch.stack([self._token_ids(word) for _, words in drawn for word in words])
+        ids = torch.stack([self.texts.ids(text) for _, texts in drawn for text in texts])
         return Batch(ids, *map(torch.cat, zip(*(draw for draw, _ in drawn), strict=True)))
 
-    def _encoded(self, words: str) -> Tensor:
-        return read_texts(self.base.pipeline, [words]).input_ids[0]
-
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        rates = {"unet": self.config.rate_unet, "text_encoder": self.config.rate_text_encoder}
-        groups: list[dict[str, Any]] = [
-            {"params": [self.trainable.vectors], "lr": self.config.rate_tokens}
-        ]
+        config, denoiser = self.config, self.base.kind.denoiser
+        vectors = [tokens.vectors for tokens in self.trainables.values()]
+        groups: list[dict[str, Any]] = [{"params": vectors, "lr": config.rate_tokens}]
+        rates = {denoiser: config.rate_unet, "text_encoder": config.rate_text_encoder}
         for component, rate in rates.items():
             if factors := self._factors(component):
                 groups.append({"params": factors, "lr": rate})
@@ -272,17 +309,27 @@ class TrainingLoop(ABC):
 
     def close(self) -> None:
         """Give the base back without factors and placeholders."""
-        for model in (self.base.pipeline.unet, self.base.pipeline.text_encoder):
+        for model in self.models.values():
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast's forward
         self.accelerator.free_memory()
         self._train_mode(False)
         if self.config.gradient_checkpointing:
-            self.base.pipeline.unet.disable_gradient_checkpointing()
-            self.base.pipeline.text_encoder.gradient_checkpointing_disable()
-            # It may forget its own hook, which could not be copied once the embedding is gone.
-            self.base.pipeline.text_encoder.disable_input_require_grads()
+            for name, model in self.models.items():
+                _checkpointed(model, name == self.base.kind.denoiser, False)
         self._take_out()
         self.tokens.set({})
+
+
+def _checkpointed(model: Any, denoiser: bool, on: bool) -> None:
+    """Gradient checkpointing of a model of diffusers, or of transformers."""
+    if denoiser:
+        (model.enable_gradient_checkpointing if on else model.disable_gradient_checkpointing)()
+    elif on:
+        model.gradient_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_disable()
+        # It may forget its own hook, which could not be copied once the embedding is gone.
+        model.disable_input_require_grads()
 
 
 def _accelerator(base: Base, config: TrainConfig) -> Accelerator:

@@ -74,7 +74,7 @@ def test_an_unknown_precision_is_refused():
 
 
 def test_a_model_of_an_unknown_family_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("sbora_diffusion.diffusion.bases.FAMILIES", ())
+    monkeypatch.setattr("sbora_diffusion.diffusion.families.FAMILIES", ())
     assert "cross-attention width 192" in refusal("pocket", FormatError)
 
 

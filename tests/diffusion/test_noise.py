@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from sbora_diffusion.diffusion.noise import Objective
+from sbora_diffusion.diffusion.noise import FlowObjective, Objective
 
 
 def scheduler(prediction: str):
@@ -51,3 +51,42 @@ def test_the_noise_offset_is_constant_over_each_channel():
     shift = shifted.noise - plain.noise
     assert shift.abs().max() > 0.1
     torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), rtol=0, atol=1e-6)
+
+
+def test_a_flow_mixes_as_its_scheduler_does_and_a_prediction_explains_itself():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    objective = FlowObjective(scheduler.config, 0.0, None)
+    generator = torch.Generator().manual_seed(0)
+    draw = objective.draw(torch.randn(64, 4, 8, 8, generator=generator), generator)
+    times = scheduler.timesteps[torch.arange(0, 960, 15)]
+    draw = draw._replace(timesteps=times)
+    batch = objective.noised(draw)
+    expected = scheduler.scale_noise(draw.latents, times, draw.noise)
+    torch.testing.assert_close(batch.noised, expected)
+    assert torch.equal(batch.target, draw.noise - draw.latents)
+    predicted = torch.randn(64, 4, 8, 8, generator=generator)
+    latents, noise = objective.explained(batch, predicted)
+    again = objective.noised(draw._replace(latents=latents, noise=noise))
+    torch.testing.assert_close(again.noised, batch.noised, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again.target, predicted, rtol=0, atol=1e-5)
+
+
+def test_timesteps_of_a_flow_are_logit_normal_and_shifted():
+    objective = FlowObjective(FlowMatchEulerDiscreteScheduler(shift=3.0).config, 0.0, None)
+    draw = objective.draw(torch.zeros(4000, 1, 1, 1), torch.Generator().manual_seed(0))
+    sigma = draw.timesteps.sort().values / 1000
+    quantiles = torch.tensor([0.1587, 0.5, 0.8413])  # of a normal at -1, 0, 1
+    plain = torch.tensor([-1.0, 0.0, 1.0]).sigmoid()
+    expected = 3 * plain / (1 + 2 * plain)
+    torch.testing.assert_close(sigma.quantile(quantiles), expected, rtol=0, atol=0.01)
+
+
+def test_a_weight_for_each_place_counts_only_what_it_covers():
+    objective = Objective(scheduler("epsilon").config, 0.0, None)
+    draw = objective.draw(torch.zeros(2, 4, 8, 8), torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :4] = 2.0
+    batch = objective.noised(draw._replace(weight=mask))
+    predicted = batch.target + torch.ones(2, 4, 8, 8)
+    predicted[:, :, 4:] += 100
+    assert objective.errors(predicted, batch).tolist() == pytest.approx([1, 0])

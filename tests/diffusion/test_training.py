@@ -199,10 +199,10 @@ def fixed_noise(seed):
 def one_half(training, draws):
     plain = ConceptTraining._losses
 
-    def losses(unet, text_encoder, objective, _):
+    def losses(models, objective, _):
         ((stream,),) = [lesson.streams() for lesson in training.lessons]
         again = dataclasses.replace(stream, generator=next(draws))
-        return plain(training, unet, text_encoder, objective, training._batch(objective, [again]))
+        return plain(training, models, objective, training._batch(objective, [again]))
 
     return losses
 

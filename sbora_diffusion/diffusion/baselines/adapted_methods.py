@@ -20,7 +20,7 @@ from sbora_diffusion.diffusion.concepts import ConceptSettings, Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.group_training import GroupTraining
 from sbora_diffusion.diffusion.lesson import Lesson
-from sbora_diffusion.diffusion.tokens import word_vectors
+from sbora_diffusion.diffusion.tokens import FIRST, word_vectors
 
 Opened = Callable[[Base, Sequence[Lesson], str], AdaptedTraining]
 """Base, lessons and the method's name → a training."""
@@ -61,9 +61,9 @@ class AdaptedMethod(Method[Adapted]):
         lesson = Lesson(base, subject, config, start)
         noun = word_vectors(base.pipeline, subject.settings.class_noun)
         if self._modifier:
-            lesson.initial = torch.cat([noun[-1:], noun])
-        elif len(lesson.initial) < len(noun):  # of a compound, what it is stands last
-            lesson.initial = noun[-len(lesson.initial) :]
+            lesson.initial[FIRST] = torch.cat([noun[-1:], noun])
+        elif len(lesson.initial[FIRST]) < len(noun):  # of a compound, what it is stands last
+            lesson.initial[FIRST] = noun[-len(lesson.initial[FIRST]) :]
         return lesson
 
     def _open(self, base: Base, lessons: Sequence[Lesson]) -> GroupTraining:

@@ -24,7 +24,7 @@ from sbora_diffusion.diffusion.baselines.layerwise import (
 from sbora_diffusion.diffusion.bases import DTYPES, Base
 from sbora_diffusion.diffusion.group_training import GroupTraining
 from sbora_diffusion.diffusion.lesson import Lesson
-from sbora_diffusion.diffusion.tokens import TrainableTokens
+from sbora_diffusion.diffusion.tokens import FIRST, TrainableTokens
 from sbora_diffusion.diffusion.training_loop import TrainingLoop
 
 
@@ -56,6 +56,7 @@ class AdaptedTraining(GroupTraining):
         layerwise: bool = False,
         random_first: float = 0.0,
     ):
+        base.refuse_several_encoders("a method compared with", "give a base with one text encoder")
         _refuse_scale(lessons)
         self._method, self._layerwise, self._random_first = method, layerwise, random_first
         self._key, self._states = base.key, ExitStack()
@@ -94,7 +95,7 @@ class AdaptedTraining(GroupTraining):
         for first, lesson in zip(self._firsts(), self.lessons, strict=True):
             generator = Generator().manual_seed(start_seed(lesson))
             noise = torch.randn(tokens.vectors.shape[-1], generator=generator)
-            if len(lesson.initial) > 1:
+            if len(lesson.initial[FIRST]) > 1:
                 size = self._random_first * tokens.vectors[first + 1].std()
                 tokens.vectors[first] = size * noise.to(tokens.vectors)
 

@@ -78,7 +78,7 @@ def test_first_vectors_start_at_random_and_the_others_from_the_class_noun(thin, 
     for lesson, concept in zip(lessons, concepts, strict=True):
         assert concept.vectors.shape == (2, ATTENTIONS, 64)
         first, second = (row.clone() for row in concept.vectors)
-        assert torch.equal(second, lesson.initial[1].expand(ATTENTIONS, -1))
+        assert torch.equal(second, lesson.initial["text_encoder"][1].expand(ATTENTIONS, -1))
         assert torch.equal(first, first[:1].expand(ATTENTIONS, -1))
         assert 0.75 * RANDOM_FIRST < first[0].std() / second[0].std() < 1.3 * RANDOM_FIRST
     assert not torch.equal(concepts[0].vectors[0], concepts[1].vectors[0])
