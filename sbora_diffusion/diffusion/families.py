@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from sbora_diffusion.core.errors import FormatError
 from sbora_diffusion.diffusion.noise import FlowObjective, Objective
 
+T5_TOKENS = 256
+"""That diffusers' pipeline of Stable Diffusion 3 reads."""
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -109,7 +112,8 @@ def _one_after_another(read: Sequence[Read], config: Any) -> Told:
     assert pooled is not None and also is not None
     clip = torch.cat([first, second], -1)
     clip = F.pad(clip, (0, config.joint_attention_dim - clip.shape[-1]))
-    behind = more[0][0] if more else torch.zeros_like(clip)
+    empty = clip.new_zeros(len(clip), T5_TOKENS, clip.shape[-1])
+    behind = more[0][0] if more else empty
     return Told(torch.cat([clip, behind.to(clip)], -2), torch.cat([pooled, also], -1))
 
 
@@ -136,7 +140,7 @@ def _transformer(
 
 _CLIP = (Encoder(),)
 _TWO_CLIPS = (Encoder(layer=-2), Encoder("text_encoder_2", "tokenizer_2", -2))
-_T5 = Encoder("text_encoder_3", "tokenizer_3", trained=False, length=256)
+_T5 = Encoder("text_encoder_3", "tokenizer_3", trained=False, length=T5_TOKENS)
 
 FAMILIES = (
     Family("pocket", StableDiffusionPipeline, (), 192, _CLIP, _alone, _unet),

@@ -26,7 +26,7 @@ from transformers import (
 
 from sbora_diffusion.diffusion.bases import Base
 
-NAMES = ("sd1", "sd2", "sdxl", "sd3")
+NAMES = ("sd2", "sdxl", "sd3")
 T5_WORDS = [*"abcdefghijklmnopqrstuvwxyz<>_-0123456789", "▁", "▁a", "▁photo", "▁of"]
 
 
@@ -34,8 +34,8 @@ def thin_family(name: str, pocket: Base, with_t5: bool = True) -> Base:
     """The same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = {"sd1": _sd, "sd2": _sd, "sdxl": _sdxl, "sd3": _sd3}[name]
-        parts = made(name, copy.deepcopy(pocket.pipeline.tokenizer))
+        made = {"sd2": _sd2, "sdxl": _sdxl, "sd3": _sd3}[name]
+        parts = made(copy.deepcopy(pocket.pipeline.tokenizer))
     pipeline = parts.pop("pipeline")(vae=_vae(16 if name == "sd3" else 4), **parts)
     if name == "sd3" and not with_t5:
         pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
@@ -46,16 +46,15 @@ def thin_family(name: str, pocket: Base, with_t5: bool = True) -> Base:
     return Base("thin", pipeline, name)
 
 
-def _sd(name: str, tokenizer) -> dict:
-    """v-prediction and linear projections, as 2.1 has them, for Stable Diffusion 2."""
-    width, second = (1024, True) if name == "sd2" else (768, False)
+def _sd2(tokenizer) -> dict:
+    """v-prediction and linear projections, as 2.1 has them."""
     return {
         "pipeline": StableDiffusionPipeline,
-        "text_encoder": CLIPTextModel(_clip(tokenizer, width)),
+        "text_encoder": CLIPTextModel(_clip(tokenizer, 1024)),
         "tokenizer": tokenizer,
-        "unet": _unet(width, use_linear_projection=second),
+        "unet": _unet(1024, use_linear_projection=True),
         "scheduler": DDIMScheduler(
-            prediction_type="v_prediction" if second else "epsilon", clip_sample=False
+            prediction_type="v_prediction", clip_sample=False, steps_offset=1
         ),
         "safety_checker": None,
         "feature_extractor": None,
@@ -63,7 +62,7 @@ def _sd(name: str, tokenizer) -> dict:
     }
 
 
-def _sdxl(_name: str, tokenizer) -> dict:
+def _sdxl(tokenizer) -> dict:
     return {
         "pipeline": StableDiffusionXLPipeline,
         "text_encoder": CLIPTextModel(_clip(tokenizer, 32)),
@@ -81,7 +80,7 @@ def _sdxl(_name: str, tokenizer) -> dict:
     }
 
 
-def _sd3(_name: str, tokenizer) -> dict:
+def _sd3(tokenizer) -> dict:
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
