@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sbora_diffusion import team
 from sbora_diffusion.core.checkpoints import CheckpointFolder, Content
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError, ResourceError, SboraError
 from sbora_diffusion.diffusion.bases import Base
@@ -112,7 +113,8 @@ class Resumable:
         self._saved = 0
         if checkpointing.every or checkpointing.resume:
             self._identity = identity(base, subjects, config)
-            folder.sweep()
+            if team.leads():
+                folder.sweep()
             self._find()
 
     def _find(self) -> None:
@@ -121,7 +123,8 @@ class Resumable:
             if self.folder.paths():
                 tell(f"{place} holds an unfinished training; --resume would go on from there")
             return
-        self.found = self.folder.newest(self.how.warn)
+        on_cpu = self.base.device.type == "cpu"
+        self.found = team.once(lambda: self.folder.newest(self.how.warn), on_cpu)
         if self.found is None:
             tell(f"{place} holds no checkpoint: the training starts at the beginning")
             return
@@ -197,13 +200,16 @@ class Resumable:
 
     def finished(self) -> None:
         """Remove the checkpoints: the concept file is written."""
-        if not self.how.keep_last:
+        if not self.how.keep_last and team.leads():
             discard(self.how, [self.folder])
 
     def _save(self, training: TrainingLoop, slots: Mapping[str, int]) -> None:
-        """Add a checkpoint; a full disk does not end the training."""
+        """Add a checkpoint; a full disk does not end the training. The first of several processes
+        saves for all, whose states are the same."""
         state = training.state
         assert state
+        if not team.leads():
+            return
         document, tensors = state.content()
         document |= {
             "identity": self._identity,

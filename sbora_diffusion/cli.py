@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbora_diffusion import __version__
+from sbora_diffusion import __version__, team
 from sbora_diffusion.cli_bench import bench_app
 from sbora_diffusion.cli_check import check
 from sbora_diffusion.cli_evaluate import evaluate
@@ -118,11 +118,12 @@ def train(
     from sbora_diffusion.diffusion.concepts import read_subject
     from sbora_diffusion.diffusion.config import TrainConfig
 
-    console = Console(as_json)
+    worker = this_worker(len(folders))
+    console = Console(as_json, silent=not team.leads())
     how = Checkpointing(checkpoint_every, resume, console.note, console.warn)
     flags = {"variant": variant, "rank": rank, "steps": steps, "seed": seed}
     recipe = read_settings(TrainConfig, config, settings, flags)
-    subjects, worker = [read_subject(folder) for folder in folders], this_worker()
+    subjects = [read_subject(folder) for folder in folders]
     if len(subjects) > 1 and sample_every:
         raise ConfigError("--sample-every is for one subject", "leave it out")
     place = _output(output, subjects)
@@ -136,7 +137,9 @@ def train(
         (subject,) = subjects
         done = [_train_one(console, model, subject, recipe, known, place, slot, sample_every, how)]
     for result, subject in zip(done, subjects, strict=True):
-        _say_trained(console, result, subject, base)
+        if team.leads():
+            _say_trained(console, result, subject, base)
+    team.part()
     shown = [_trained(result, subject) for result, subject in zip(done, subjects, strict=True)]
     document = {"concepts": shown} if several else shown[0]
     console.result({**document, "training": recipe.model_dump(mode="json")})

@@ -73,27 +73,32 @@ class Console:
 
     Args:
         as_json: stdout gets one JSON object and nothing else; what is said goes to stderr.
+        silent: another process says the same.
     """
 
-    def __init__(self, as_json: bool = False):
-        self.as_json = as_json
+    def __init__(self, as_json: bool = False, silent: bool = False):
+        self.as_json, self.silent = as_json, silent
         self.warnings: list[str] = []
 
     def say(self, text: str) -> None:
-        typer.echo(text, err=self.as_json)
+        self._echo(text, self.as_json)
 
     def note(self, text: str) -> None:
         """What is good to know, but no result."""
-        typer.echo(text, err=True)
+        self._echo(text, True)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
-        typer.echo(f"warning: {text}", err=True)
+        self._echo(f"warning: {text}", True)
+
+    def _echo(self, text: str, to_stderr: bool) -> None:
+        if not self.silent:
+            typer.echo(text, err=to_stderr)
 
     def result(self, document: dict[str, Any]) -> None:
         """Print the machine-readable result, if that was asked for."""
         if self.as_json:
-            typer.echo(json.dumps({**document, "warnings": self.warnings}, indent=2))
+            self._echo(json.dumps({**document, "warnings": self.warnings}, indent=2), False)
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
         """Columns as wide as their content; the last one is never cut."""
@@ -115,7 +120,8 @@ class Console:
             progress.TimeRemainingColumn(),
         )
         screen = console.Console(stderr=True)
-        with progress.Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        shown = screen.is_terminal and not self.silent
+        with progress.Progress(*columns, console=screen, disable=not shown) as bar:
             task = bar.add_task(what, total=None, note="")
 
             def report(done: int, total: int, note: str = "") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sbora_diffusion import __version__
+from sbora_diffusion import __version__, team
 from sbora_diffusion.core.errors import BaseMismatch, ConfigError, DataError, SboraError
 from sbora_diffusion.core.storage import canonical_json
 from sbora_diffusion.diffusion.bases import Base
@@ -41,6 +41,7 @@ def environment(base: Base) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
         "threads": torch.get_num_threads(),
+        "processes": team.size(),
         "device": f"{device.type} {gpu}".strip(),
         "dtype": str(base.pipeline.unet.dtype).removeprefix("torch."),
         "compiled": base.runtime.compiled,

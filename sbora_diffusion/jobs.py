@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from sbora_diffusion import team
 from sbora_diffusion.checkpointing import (
     NONE,
     Checkpointing,
@@ -115,26 +118,31 @@ def train_concept(
     )
     name, widths = subject.settings.name, index_widths(base, config)
     place = checkpoint_folder(output)
+    once = partial(team.once, on_cpu=base.device.type == "cpu")
     run = Resumable(checkpointing, place, base, [subject], config)
-    slots = resumed_slots(checkpointing, [place], None if slot is None else {name: slot})
-    with (
-        run.as_before(),
-        reserved(library, base.key, config.variant, [name], config.rank, widths, slots) as held,
-    ):
-        reservation = held.ranges[name]
+    wanted = None if slot is None else {name: slot}
+    slots = once(lambda: resumed_slots(checkpointing, [place], wanted))
+    hold = reserved(library, base.key, config.variant, [name], config.rank, widths, slots)
+    with run.as_before(), ExitStack() as stack:
+        reservation = once(lambda: stack.enter_context(hold)).ranges[name]
         training = ConceptTraining(base, subject, config, reservation.start)
         try:
             if on_start:
                 on_start(training, reservation)
             losses = _run(run, training, reservation.slot, samples, on_record)
-            make_parent(output)
-            digest = write_concept(output, training.concept())
+            concept = training.concept()
+            digest = once(lambda: _written(output, concept))
         finally:
             training.close()
-        if reservation.registered:
+        if reservation.registered and team.leads():
             library.record(base.key, config.variant, name, output, digest, token)
     run.finished()
     return train_result(output, digest, reservation, losses, time.monotonic() - began)
+
+
+def _written(output: Path, concept: Concept) -> str:
+    make_parent(output)
+    return write_concept(output, concept)
 
 
 def train_result(
@@ -213,13 +221,13 @@ def _run(
     on_record: Callable[[StepRecord], None] | None,
 ) -> list[float]:
     steps = training.config.steps
-    if samples.due(0, steps) and not run.found:
+    if samples.due(0, steps) and not run.found and team.leads():
         _draw_samples(training.base, samples, 0)
 
     def report(record: StepRecord) -> None:
         if on_record:
             on_record(record)
-        if samples.due(record.step, steps):
+        if samples.due(record.step, steps) and team.leads():
             _draw_samples(training.base, samples, record.step)
 
     slots = {training.subject.settings.name: slot}

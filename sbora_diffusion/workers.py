@@ -1,5 +1,7 @@
 """Many workers, each with concepts of its own: one command under `accelerate launch` or torchrun.
 
+One concept is trained by all of them together instead (`team.py`).
+
 Concepts need nothing of each other, so workers need no coordinator: each takes every n-th subject,
 and a concept's slot follows from the first slot and the subject's place in the command. The same
 holds for processes of one machine and for machines that share no file.
@@ -31,8 +33,8 @@ class Worker:
     local: int = 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """What this worker does of a list that all of them have."""
-        return list(items[self.number :: self.count])
+        """What this worker does of a list that all of them have; one item is for all."""
+        return list(items[self.number :: self.count]) if len(items) > 1 else list(items)
 
     def device(self, wanted: str | None) -> str | None:
         """The GPU of this worker; machines with fewer GPUs than workers share them.
@@ -47,17 +49,21 @@ class Worker:
         return wanted
 
 
-def this_worker() -> Worker:
+def this_worker(subjects: int) -> Worker:
     """The process that a launcher started; without one, a worker alone.
 
-    From then on libraries see a process of its own, which waits for no other.
+    With several subjects libraries see, from then on, a process of its own, which waits for no
+    other; with one they see all.
 
     Raises:
         ConfigError: the launcher's variables are no numbers.
     """
     if COUNT not in os.environ:
         return Worker()
-    found = {name: os.environ.pop(name, "0") for name in (NUMBER, COUNT, LOCAL)}
+    found = {name: os.environ.get(name, "0") for name in (NUMBER, COUNT, LOCAL)}
+    if subjects > 1:
+        for name in found:
+            os.environ.pop(name, None)
     try:
         return Worker(int(found[NUMBER]), int(found[COUNT]), int(found[LOCAL]))
     except ValueError as error:
@@ -68,16 +74,18 @@ def this_worker() -> Worker:
 
 
 def slots_of(names: Sequence[str], first: int | None, worker: Worker) -> dict[str, int] | None:
-    """Name → slot, for all subjects of the command; None leaves the choice to the library.
+    """Name → slot, for all subjects of the command; None leaves the choice to the library, as it
+    is where all workers train the same one.
 
     Raises:
         ConfigError: several workers have no first slot to count from, or no subject each.
     """
-    if worker.count > len(names):
+    together = len(names) == 1
+    if worker.count > len(names) and not together:
         raise ConfigError(
             f"{worker.count} workers for {len(names)} subjects", f"start {len(names)} or fewer"
         )
-    if first is None and worker.count > 1:
+    if first is None and worker.count > 1 and not together:
         raise ConfigError(
             f"{worker.count} workers cannot ask each other which slots are free",
             f"give --slot, the first of {len(names)}",

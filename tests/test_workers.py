@@ -45,28 +45,28 @@ def test_a_worker_alone_leaves_slots_to_the_library():
 
 
 @pytest.mark.parametrize(
-    ("names", "first", "remedy"), [(NAMES, None, "--slot"), (["a"], 0, "start 1 or fewer")]
+    ("names", "first", "remedy"), [(NAMES, None, "--slot"), (["a", "b"], 0, "start 2 or fewer")]
 )
 def test_workers_who_cannot_share_the_subjects_say_so(names, first, remedy):
     with pytest.raises(ConfigError, match=remedy):
-        slots_of(names, first, Worker(1, 2))
+        slots_of(names, first, Worker(1, 3))
 
 
 def test_without_a_launcher_there_is_one_worker():
-    assert this_worker() == Worker(0, 1, 0)
+    assert this_worker(2) == Worker(0, 1, 0)
 
 
 def test_a_launchers_variables_are_read_once_and_hidden_from_libraries(launched):
     launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
-    assert this_worker() == Worker(5, 8, 1)
+    assert this_worker(2) == Worker(5, 8, 1)
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
-    assert this_worker() == Worker()
+    assert this_worker(2) == Worker()
 
 
 def test_variables_that_are_no_numbers_are_refused(launched):
     launched(RANK="first", WORLD_SIZE="2")
     with pytest.raises(ConfigError, match="RANK"):
-        this_worker()
+        this_worker(2)
 
 
 def test_workers_take_the_gpus_of_their_machine_in_turn(monkeypatch):

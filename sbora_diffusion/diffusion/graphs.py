@@ -30,7 +30,6 @@ class Obstacle(StrEnum):
     DROPOUT = "dropout draws in the recipe"
     CHECKPOINTING = "gradient checkpointing reads the state of the random generator"
     LOSS_SCALE = "fp16 scales the loss by what earlier steps gave"
-    DISTRIBUTED = "gradients are exchanged with other processes"
     HOOKED = "layers have hooks"
     GATED = "a gate confines updates to some tokens"
     FOREIGN = "adapters of another kind are attached"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from sbora_diffusion.core.checkpoints import Content
@@ -71,6 +72,7 @@ class TrainingLoop(ABC):
     def __init__(self, base: Base, lessons: Sequence[Lesson]):
         self.base, self.lessons, self.config = base, lessons, lessons[0].config
         self.accelerator = _accelerator(base, self.config)
+        self._together = self.accelerator.num_processes > 1
         self.obstacle = self._obstacle()
         self.resumed: Content | None = None
         self.state: TrainingState | None = None
@@ -180,6 +182,8 @@ class TrainingLoop(ABC):
                 with accelerator.accumulate():
                     losses = torch.stack([learn(*batch) for batch in feed.batches]).sum(0)
                     feed.draw()  # while the device works
+                    if self._together:
+                        losses = self._shared(losses, parameters)
                     norms = self._clip(parameters) if accelerator.sync_gradients else losses[:0]
                     for k, loss in enumerate(self._finite(losses, norms, step)):
                         totals[k] += loss / config.gradient_accumulation
@@ -211,7 +215,6 @@ class TrainingLoop(ABC):
             Obstacle.DROPOUT: config.dropout > 0.0,
             Obstacle.CHECKPOINTING: config.gradient_checkpointing,
             Obstacle.LOSS_SCALE: config.mixed_precision == "fp16",
-            Obstacle.DISTRIBUTED: self.accelerator.num_processes > 1,
         }
         found = next((reason for reason, holds in reasons.items() if holds), None)
         return device_obstacle(self.base.device, self.base.runtime.graphs) or found
@@ -262,7 +265,27 @@ class TrainingLoop(ABC):
     def _batch(self, objective: Objective, streams: Sequence[Stream | Mindful]) -> Batch:
         drawn = [stream.draw(objective, self.config.batch_size) for stream in streams]
         ids = torch.stack([self.texts.ids(text) for _, texts in drawn for text in texts])
-        return Batch(ids, *map(torch.cat, zip(*(draw for draw, _ in drawn), strict=True)))
+        batch = Batch(ids, *map(torch.cat, zip(*(draw for draw, _ in drawn), strict=True)))
+        return self._own_rows(batch) if self._together else batch
+
+    def _own_rows(self, batch: Batch) -> Batch:
+        """This process's rows of a batch that all processes draw, weighted so that the mean of the
+        processes' losses is the loss of the whole, whether or not all have as many."""
+        total, count = len(batch.ids), self.accelerator.num_processes
+        own = Batch(*(part[self.accelerator.process_index :: count] for part in batch))
+        return own._replace(weight=own.weight * (len(own.ids) * count / total))
+
+    @torch.no_grad()
+    def _shared(self, losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        """The mean of the processes' losses; where a step is due, of their gradients too, in one
+        message: they are small."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        parts = [losses, *(grads if self.accelerator.sync_gradients else [])]
+        flat = torch.cat([part.flatten() for part in parts])
+        means = self.accelerator.reduce(flat, "mean").split([part.numel() for part in parts])
+        for grad, mean in zip(parts[1:], means[1:], strict=True):
+            grad.copy_(mean.view_as(grad))
+        return means[0]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         config, denoiser = self.config, self.base.kind.denoiser
@@ -334,12 +357,36 @@ def _checkpointed(model: Any, denoiser: bool, on: bool) -> None:
 
 def _accelerator(base: Base, config: TrainConfig) -> Accelerator:
     """Accelerate keeps one precision for the whole process: a training must not be bound to that
-    of the one before."""
+    of the one before.
+
+    Raises:
+        ConfigError: the processes cannot train this together.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         device_placement=False,  # the base may lie on another GPU than the first
         cpu=base.device.type == "cpu",
     )
+    if accelerator.num_processes > 1:
+        _refuse_apart(accelerator, config)
+    return accelerator
+
+
+def _refuse_apart(accelerator: Accelerator, config: TrainConfig) -> None:
+    if accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"{accelerator.distributed_type.value} divides the weights in which concepts live",
+            "launch data-parallel: scripts/accelerate/two_gpus.yaml",
+        )
+    if config.dropout > 0.0:
+        raise ConfigError(
+            "dropout draws differently in several processes", "train in one, or without dropout"
+        )
+    if config.batch_size < accelerator.num_processes:
+        raise ConfigError(
+            f"a batch of {config.batch_size} for {accelerator.num_processes} processes",
+            "raise batch_size, which counts the pictures of all of them",
+        )
