@@ -127,6 +127,8 @@ def train(
     if len(subjects) > 1 and sample_every:
         raise ConfigError("--sample-every is for one subject", "leave it out")
     place = _output(output, subjects)
+    for file in _replaced(place, subjects):
+        console.warn(f"{file} exists and is replaced when the training is done")
     slots = slots_of([subject.settings.name for subject in subjects], slot, worker)
     several, subjects = len(subjects) > 1, worker.share(subjects)
     device = worker.device(device)
@@ -190,6 +192,14 @@ def _output(output: Path | None, subjects: list["Subject"]) -> Path:
     place = output or Path(f"{subjects[0].settings.name}.safetensors")
     check_concept_output(place)
     return place
+
+
+def _replaced(place: Path, subjects: list["Subject"]) -> list[Path]:
+    """Concept files of an earlier training that this one will take the place of."""
+    from sbora_diffusion.group_jobs import concept_file
+
+    several = [concept_file(place, subject.settings.name) for subject in subjects]
+    return [file for file in (several if len(subjects) > 1 else [place]) if file.exists()]
 
 
 def _train_one(

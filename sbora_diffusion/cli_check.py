@@ -93,12 +93,12 @@ def _check_options(
     crosstalk: bool, plot: Path | None, config: Path | None, settings: list[str] | None
 ) -> None:
     """Wrong options are refused before any work."""
-    from sbora_diffusion.outputs import check_writable, picture_files
+    from sbora_diffusion.outputs import check_picture_output
 
     if plot and not crosstalk:
         raise ConfigError("--plot draws crosstalk", "leave out --no-crosstalk or --plot")
     if plot:
-        check_writable(picture_files(plot, 1)[0])
+        check_picture_output(plot)
     if crosstalk:
         _drawing(config, settings)
 

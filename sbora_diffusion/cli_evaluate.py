@@ -74,13 +74,13 @@ def evaluate(
     quiet_libraries()
     from sbora_diffusion.evaluate import EvaluateConfig
     from sbora_diffusion.evaluation.protocols import find_protocol
-    from sbora_diffusion.outputs import check_writable, picture_files
+    from sbora_diffusion.outputs import check_picture_output
     from sbora_diffusion.pictures import save_png
 
     console = Console(as_json)
     judging = _Judging(find_protocol(protocol), clip, dino, device)
     if output:
-        check_writable(picture_files(output, 1)[0])
+        check_picture_output(output)
     flags = {"seed": seed, "num": num, "steps": steps}
     drawing = {**flags, "config": config, "set": settings, "base": base}
     if Path(target).is_dir():

@@ -53,7 +53,15 @@ def generate(
     auto_regions: Annotated[
         bool, typer.Option("--auto-regions", help="Find out where each concept should be")
     ] = False,
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("picture.png"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A new PNG: one that exists is not replaced. By default picture.png, or the next "
+            "that is free of picture_2.png, picture_3.png …",
+        ),
+    ] = None,
     base: BaseOption = None,
     seed: Annotated[int | None, typer.Option(help="Picture k uses seed + k")] = None,
     num: Annotated[int | None, typer.Option(help="How many pictures")] = None,
@@ -71,13 +79,12 @@ def generate(
 ) -> None:
     """Draw pictures of a prompt: PNG files with their parameters inside."""
     from sbora_diffusion.diffusion.config import DrawConfig
-    from sbora_diffusion.outputs import check_writable, picture_files
+    from sbora_diffusion.outputs import new_pictures
 
     console = Console(as_json)
     flags = {"seed": seed, "num": num, "steps": steps, "guidance": guidance}
     drawing = read_settings(DrawConfig, config, settings, {**flags, "negative_prompt": negative})
-    files = picture_files(output, drawing.num)
-    check_writable(files[0])
+    files = new_pictures(output, drawing.num)
     boxes = _boxes(region or [], auto_regions)
     pipeline, active, called = _prepare(
         console, prompt, concept or [], base, Library(library), (device, dtype, graphs, compiled)

@@ -197,9 +197,9 @@ def _say_holding(console: Console, holding: Holding) -> None:
 
 def _check_plot(file: Path, found: list[Holding]) -> None:
     """A picture that cannot be drawn is refused before anything is printed."""
-    from sbora_diffusion.outputs import check_writable, picture_files
+    from sbora_diffusion.outputs import check_picture_output
 
-    check_writable(picture_files(file, 1)[0])
+    check_picture_output(file)
     if not found:
         raise ConfigError("there is nothing to draw: the library is empty", "train a concept first")
 

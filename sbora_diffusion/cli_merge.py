@@ -200,6 +200,8 @@ def _write_set(
     from sbora_diffusion.outputs import check_concept_output, make_parent
 
     check_concept_output(output)
+    if output.exists():
+        console.warn(f"{output} exists and is replaced")
     make_parent(output)
     rounded = [(rounded_concept(c, DTYPES[dtype]), weight) for c, weight in selection.concepts]
     digest = write_concept_set(output, rounded, selection.allow_overlap)

@@ -171,10 +171,10 @@ def figure(
     """References left, one column for each method: the same prompts from the same seeds."""
     console, found = Console(as_json), _preset(preset, config, settings, base, None)
     from sbora_diffusion.comparison.figure import figure as draw_figure
-    from sbora_diffusion.outputs import check_writable, picture_files
+    from sbora_diffusion.outputs import check_picture_output
     from sbora_diffusion.pictures import save_png
 
-    check_writable(picture_files(output, 1)[0])
+    check_picture_output(output)
     numbers, chosen = _numbers(prompts), {"methods": methods or (), "concepts": concepts or ()}
     work = _work(found, device, out=output.parent, files=files, judged=False, commit="-", **chosen)
     with console.progress("drawing") as bar:

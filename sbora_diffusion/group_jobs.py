@@ -68,7 +68,7 @@ def train_concepts(
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConflictError(f"two subjects are called {min(twice)!r}", "rename one")
     for name in names:
-        check_concept_output(_file(folder, name))
+        check_concept_output(concept_file(folder, name))
     size = group_size(base, config, len(subjects), at_once)
     groups = [subjects[k : k + size] for k in range(0, len(subjects), size)]
     results: list[TrainResult] = []
@@ -121,7 +121,7 @@ def _train_one(
             subject,
             config,
             library=library,
-            output=_file(folder, subject.settings.name),
+            output=concept_file(folder, subject.settings.name),
             slot=held.ranges[subject.settings.name].slot,
             on_record=lambda record: report(record.step, record.steps, record.loss),
             checkpointing=checkpointing,
@@ -144,7 +144,7 @@ def _train_group(
     run = Resumable(checkpointing, _place(folder, subjects), base, subjects, config)
     with run.as_before():
         concepts, losses = _learn(run, subjects, ranges, report)
-    files = [_file(folder, concept.meta.name) for concept in concepts]
+    files = [concept_file(folder, concept.meta.name) for concept in concepts]
     with library.together() as joined, _written(list(zip(files, concepts, strict=True))):
         for file, concept in zip(files, concepts, strict=True):
             meta, token = concept.meta, concept.meta.tokens[0].token
@@ -206,10 +206,10 @@ def _reporter(
     return report
 
 
-def _file(folder: Path, name: str) -> Path:
+def concept_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
 def _place(folder: Path, group: Sequence[Subject]) -> CheckpointFolder:
     """Where the checkpoints of a group lie: beside its first concept file."""
-    return checkpoint_folder(_file(folder, group[0].settings.name), len(group) - 1)
+    return checkpoint_folder(concept_file(folder, group[0].settings.name), len(group) - 1)

@@ -166,12 +166,14 @@ def test_training_twice_gives_the_same_bytes_and_keeps_the_slot(sbora, tmp_path)
     other = json.loads(sbora("train", CONCEPTS / "baseballcap", *TINY, "--json")[1])
     repeat = sbora("train", CONCEPTS / "plushbear", *TINY, "--json", "-o", "b.safetensors")
     again = json.loads(repeat[1])
+    assert again["warnings"] == []
     assert (first["slot"], other["slot"], again["slot"]) == (0, 1, 0)
     assert (tmp_path / "here" / "b.safetensors").read_bytes() == data
     assert str(tmp_path).encode() not in data
 
-    out = sbora("train", CONCEPTS / "siamese", *TINY, "--slot", 1, "-o", "s.safetensors")
+    out = sbora("train", CONCEPTS / "siamese", *TINY, "--slot", 1, "-o", "b.safetensors")
     assert out[0] == 0 and "warning: slot 1 belongs to another concept" in out[2]
+    assert "warning: b.safetensors exists and is replaced" in out[2]
     listed = json.loads(sbora("library", "list", "--json")[1])["concepts"]
     assert [(entry["name"], entry["slot"]) for entry in listed] == [
         ("plushbear", 0),

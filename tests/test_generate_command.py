@@ -136,6 +136,23 @@ def test_regions_are_drawn_and_noted_in_the_picture(sbora):
     assert pictures["half"] != pictures["auto"]
 
 
+def test_no_picture_replaces_another(sbora, monkeypatch):
+    for files in (["picture.png"], ["picture_2.png"]):
+        assert json.loads(sbora("a bear", *QUICK)[1])["files"] == files
+    several = ("a bear", *QUICK, "--num", 2)
+    assert json.loads(sbora(*several)[1])["files"] == ["picture_000.png", "picture_001.png"]
+    assert json.loads(sbora(*several)[1])["files"] == ["picture_2_000.png", "picture_2_001.png"]
+    before = {path.name: path.read_bytes() for path in Path.cwd().iterdir()}
+    assert len(before) == 6
+    monkeypatch.setattr(bases, "load_base", lambda *_: pytest.fail("work began"))
+    assert refused(sbora("a bear", "-o", "picture.png"), "picture.png exists", "another --output")
+    assert refused(sbora(*several, "-o", "picture.png"), "picture_000.png exists")
+    Path("link.png").symlink_to("nowhere.png")
+    assert refused(sbora("a bear", "-o", "link.png"), "link.png exists")
+    Path("link.png").unlink()
+    assert {path.name: path.read_bytes() for path in Path.cwd().iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "words"),
     [

@@ -1,21 +1,23 @@
 """DINO ViT-S/16 (arXiv 2104.14294), the self-supervised image feature beside CLIP in papers."""
 
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
 from sbora_diffusion.evaluation.features import BATCH_SIZE, picture_features, ready, silence
+from sbora_diffusion.evaluation.pickles import no_pickles
 
 ARCHITECTURE = "vit_small_patch16_224.dino"
 FETCHED = "timm"
-FILES = ("model.safetensors", "pytorch_model.bin", "dino_deitsmall16_pretrain.pth")
+FILE = "model.safetensors"
 SHORTER_SIDE, SIDE = 256, 224
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -37,8 +39,8 @@ class DinoFeatures:
         """Load it.
 
         Args:
-            weights: a file, as its authors or timm publish it, a folder that holds one of `FILES`,
-                or "timm", which fetches it.
+            weights: a `.safetensors` file, as timm publishes it, a folder that holds `FILE`, or
+                "timm", which fetches it.
 
         Raises:
             ConfigError: timm is not installed, or there is no such file, or the device is unknown.
@@ -79,48 +81,35 @@ def _create(pretrained: bool) -> nn.Module:
 
 def _fetched() -> nn.Module:
     try:
-        with silence():
+        with silence(), no_pickles():
             return _create(pretrained=True)
-    except ConfigError:
+    except (ConfigError, FormatError):
         raise
     except Exception as error:
         raise ResourceError(
             "the weights of DINO ViT-S/16 cannot be fetched",
-            f"check the connection, or give a file or a folder with {FILES[0]} or {FILES[2]}",
+            f"check the connection, or give a folder with {FILE}",
         ) from error
 
 
 def _file(place: Path) -> Path:
     if place.is_file():
         return place
-    for name in FILES:
-        if (place / name).is_file():
-            return place / name
+    if (place / FILE).is_file():
+        return place / FILE
     raise ConfigError(
         f"{place} holds no weights of DINO ViT-S/16",
-        f"give a file, a folder with one of {', '.join(FILES)}, or {FETCHED!r} to fetch them",
+        f"give a .safetensors file, a folder with {FILE}, or {FETCHED!r} to fetch them",
     )
 
 
 def _read(file: Path) -> nn.Module:
     network = _create(pretrained=False)
     try:
-        network.load_state_dict(_weights(file))
-    except (RuntimeError, TypeError, OSError, ValueError, EOFError, pickle.PickleError) as error:
+        network.load_state_dict(load_file(file))
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise FormatError(
-            f"{file} does not hold the weights of DINO ViT-S/16",
-            "give the file that timm or the authors of DINO publish",
+            f"{file} does not hold the weights of DINO ViT-S/16 as safetensors",
+            f"give the {FILE} that timm publishes",
         ) from error
     return network
-
-
-def _weights(file: Path) -> Mapping[str, Tensor]:
-    if file.suffix != ".safetensors":
-        return torch.load(file, map_location="cpu", weights_only=True)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error

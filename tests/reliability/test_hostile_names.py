@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from sbora_diffusion.core.concept import sealed, write_concept
@@ -12,6 +13,8 @@ from sbora_diffusion.core.errors import SboraError
 from sbora_diffusion.core.renaming import renamed
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.formats import write_lora
+from sbora_diffusion.outputs import check_picture_output
+from sbora_diffusion.pictures import save_png
 from tests.core.concept_examples import make_concept
 
 NAMES = [
@@ -92,6 +95,20 @@ def test_commands_refuse_to_overwrite_what_they_did_not_write(sbora, tiny_concep
         status, _, err = sbora("merge", bear, "-o", tmp_path / output, "--as", "set")
         assert status == 2 and err.count("\n") == 1
     assert set(places(tmp_path).values()) == {b"mine"}
+
+
+def test_plots_and_sheets_replace_only_what_a_command_drew(sbora, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    (tmp_path / "text.png").write_bytes(b"mine")
+    before = places(tmp_path)
+    for name in before:
+        place = tmp_path / name
+        for command in (("library", "list", "--plot", place), ("evaluate", tmp_path, "-o", place)):
+            status, _, err = sbora(*command)
+            assert status == 2 and "was not drawn by sbora" in err and err.count("\n") == 1
+    assert places(tmp_path) == before
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "own.png", {"prompt": "a"})
+    check_picture_output(tmp_path / "own.png")
 
 
 def test_links_in_a_subjects_folder_are_read_and_never_written(tmp_path):
