@@ -12,6 +12,7 @@ import io
 import pickletools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def read_lite2(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: _view(table[places[name] + 1 :], like[name], storages) for name in like}
 
 
-def _literals(stream: io.BytesIO) -> list[str | int]:
+def _literals(stream: io.BytesIO) -> list[Any]:
     """The strings and numbers in the next pickle, in their order."""
     return [
         value
@@ -60,7 +61,7 @@ def _storage(stream: io.BytesIO, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(stream.read(count * dtype.itemsize)), dtype=dtype)
 
 
-def _view(entry: list[str | int], like: Tensor, storages: Mapping[str | int, Tensor]) -> Tensor:
+def _view(entry: list[Any], like: Tensor, storages: Mapping[str, Tensor]) -> Tensor:
     """A tensor of the table: key of its storage, length of that, offset, shape, strides."""
     key, _, offset, *sides = entry[: 3 + 2 * like.dim()]
     shape, strides = sides[: like.dim()], sides[like.dim() :]

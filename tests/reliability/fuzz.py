@@ -1,4 +1,4 @@
-"""Spoilt concept files, any number of them: `python -m tests.reliability.fuzz --count N --seed S`.
+"""Spoilt concept files, so many of them: `python -m tests.reliability.fuzz --count N --seed S`.
 
 Each is read under an audit hook. It must be refused with a typed error, or be read as what it
 says; within a second of the processor and 64 MB, without running, starting, connecting to or
@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Reader:
         self.path, self.figures = folder / "c.safetensors", figures
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
         self.peak = os.open("/proc/self/clear_refs", os.O_WRONLY)
-        self.watch = Watch()
+        self.watch, self.watching = Watch(), False
         self.own = {self.accepted(seed) for seed in seeds}
 
     def accepted(self, content: bytes) -> str:
@@ -103,7 +104,9 @@ class Reader:
         self.put(spoilt.content)
         self.memory()
         figures, before, began = self.figures, self.memory(), time.process_time()
+        self.watch.armed = self.watching
         reason = self._outcome(spoilt)
+        self.watch.armed = False
         seconds, grown = time.process_time() - began, self.memory() - before
         figures.files += 1
         figures.kinds[spoilt.kind] += 1
@@ -117,6 +120,14 @@ class Reader:
             reason = f"took {grown:.0f} MB"
         if reason:
             figures.failures.append((spoilt.kind, reason))
+
+    def warm_up(self, seeds: list[bytes]) -> None:
+        """What is imported at first use is no deed of a file: only then begin to watch."""
+        for number in range(WARM_UP):
+            self.judge(mutant(random.Random(f"warm {number}"), seeds))
+        failures = self.figures.failures[:]
+        vars(self.figures).update(vars(Figures(failures=failures)))
+        self.watching = True
 
     def _outcome(self, spoilt: Mutant) -> str:
         try:
@@ -163,6 +174,12 @@ def _ignored(found: ConceptSet, content: bytes) -> str:
     return "accepted with a concept left out" if said else ""
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        yield Path(folder)
+
+
 def seed_files(folder: Path) -> list[bytes]:
     """Valid files: an FA and an FB concept, and a set of three."""
     robot, row = make_concept(), make_concept("row", "fb", slot=1)
@@ -189,14 +206,10 @@ def fuzz(count: int, seed: int, first: int = 0, keep: Path | None = None) -> Fig
         first: number of the first file; a seed and a number give one file.
     """
     figures = Figures()
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        seeds = seed_files(Path(folder))
-        reader = Reader(Path(folder), seeds, figures)
-        for number in range(WARM_UP):  # what is imported at first use is no deed of a file
-            reader.judge(mutant(random.Random(f"warm {number}"), seeds))
-        warm = figures.failures[:]
-        vars(figures).update(vars(Figures(failures=warm)))
-        reader.watch.armed = True
+    with temporary_folder() as folder:
+        seeds = seed_files(folder)
+        reader = Reader(folder, seeds, figures)
+        reader.warm_up(seeds)
         for spoilt in corpus():
             reader.judge(spoilt)
             figures.corpus += 1
@@ -207,7 +220,6 @@ def fuzz(count: int, seed: int, first: int = 0, keep: Path | None = None) -> Fig
             reader.judge(spoilt)
             if len(figures.failures) > before:
                 kept.append(spoilt)
-        reader.watch.armed = False
     keep_inputs(kept, keep)
     return figures
 

@@ -46,26 +46,46 @@ def test_the_corpus_has_inputs_that_failed():
         "accepts all",
         *(
             pytest.param(fault, marks=pytest.mark.reliability)
-            for fault in ("another error", "starts a process")
+            for fault in ("another error", "starts a process", "takes memory", "takes time")
         ),
     ],
 )
 def test_a_reader_with_a_fault_is_found_out(fault):
     """The run above could not fail otherwise."""
+    ended = run_faulty(fault, "print(len(fuzz.fuzz(20, 0).failures))\n")
+    assert int(ended.stdout) > 2, ended.stderr
+
+
+@pytest.mark.reliability
+def test_the_open_ended_search_ends_with_the_time_and_keeps_what_fails(tmp_path):
+    command = [sys.executable, "-m", "tests.reliability.open_ended", "--minutes", "0.05"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0 and "seed 0: 1000 files" in ended.stdout, ended.stderr
+    code = (
+        "from tests.reliability import open_ended\n"
+        f"sys.argv[1:] = ['--keep', {str(tmp_path)!r}]\n"
+        "sys.exit(open_ended.main())\n"
+    )
+    ended = run_faulty("another error", code)
+    (kept,) = tmp_path.iterdir()
+    assert ended.returncode == 1 and "KeyError: 1" in ended.stdout and kept.suffix == ".bin"
+
+
+def run_faulty(fault: str, then: str) -> subprocess.CompletedProcess:
+    """A program whose reader has a fault from the 510th file on."""
     code = (
         "import subprocess, sys\n"
         "from tests.reliability import fuzz\n"
-        "good = fuzz.read_concepts\n"
+        "good, fault = fuzz.read_concepts, sys.argv[1]\n"
         "def faulty(path, kept=[]):\n"
         "    kept.append(path)\n"
-        "    if len(kept) < 510 or sys.argv[1] == 'nothing': return good(path)\n"
-        "    if sys.argv[1] == 'another error': raise KeyError(1)\n"
-        "    if sys.argv[1] == 'starts a process': subprocess.run(['true']); return good(path)\n"
+        "    if len(kept) < 510: return good(path)\n"
+        "    if fault == 'another error': raise KeyError(1)\n"
+        "    if fault == 'starts a process': subprocess.run(['true']); return good(path)\n"
+        "    if fault == 'takes memory': b'x' * (80 << 20); return good(path)\n"
+        "    if fault == 'takes time': sum(range(5 * 10**7)); return good(path)\n"
         "    return fuzz.ConceptSet(())\n"
         "fuzz.read_concepts = faulty\n"
-        "print(len(fuzz.fuzz(60, 0).failures))\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code, fault], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert int(ended.stdout) > 2, ended.stderr
+    command = [sys.executable, "-c", code + then, fault]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
