@@ -1,13 +1,19 @@
 """The full forms, and a table of what they counted: `python -m tests.reliability`.
 
-A test counts by `record_property("<number> <what>", <figure>)`; figures of one name add up.
+Further arguments are pytest's, `-k` for a part of them; `--record` keeps the figures in
+`results/reliability.json`. A test counts by `record_property("<number> <what>", <figure>)`; figures
+of one name add up.
 """
 
 import sys
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
+
+from sbora_diffusion.records import commit_here
+from tests.reliability.record import RECORD, keep
 
 CORE, DIFFUSION = "tests/core/test_", "tests/diffusion/test_"
 ELSEWHERE = {  # properties that are tested in full in the ordinary suite
@@ -74,11 +80,19 @@ def _place(line: tuple[int, str, Any]) -> tuple[int, str]:
 
 def main() -> int:
     """Run everything; the exit status is pytest's."""
-    figures = Figures()
+    figures, began, recorded = Figures(), time.monotonic(), "--record" in sys.argv
+    commit = commit_here() if recorded else ""
+    options = [option for option in sys.argv[1:] if option != "--record"]
     tests = ["tests/reliability", *(test for tests in ELSEWHERE.values() for test in tests)]
-    status = pytest.main(["-m", "not slow", *tests, *sys.argv[1:]], plugins=[figures])
+    status = pytest.main(["-m", "not slow", *tests, *options], plugins=[figures])
+    lines = figures.lines()
     print("\ntest      figure  what")
-    print("\n".join(figures.lines()))
+    print("\n".join(lines))
+    if recorded:
+        command = " ".join(["python -m tests.reliability", *sys.argv[1:]])
+        found = {**Counter(figures.ended.values()), "lines": lines}
+        name = " ".join(["full forms", *options])
+        keep(RECORD, name, command, time.monotonic() - began, commit, found)
     return int(status)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.reliability.training_kills import Ending, Plan, endings
 
@@ -74,6 +75,22 @@ def test_killed_after_each_step_it_is_resumed_exactly(tmp_path, what, plan, reco
     kills = exact(tmp_path, [dataclasses.replace(plan, step=step) for step in steps])
     assert kills == len(steps)
     record_property(f"1 kills and exact resumes, {what}", kills)
+
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_on_a_device_it_is_resumed_exactly(tmp_path, device, record_property):
+    """The usual recipe, which a GPU records and replays, and one with dropout and accumulation."""
+    usual, hard = {"steps": 4}, {**HARD, "steps": 4}
+    for name, config, steps in (("usual", usual, (1, 2, 3)), ("hard", hard, (2, 3))):
+        plans = [Plan("", config=config, step=step, device=device) for step in steps]
+        (tmp_path / name).mkdir()
+        kills = exact(tmp_path / name, plans)
+        assert kills == len(steps)
+        record_property(f"1 kills and exact resumes on {device}", kills)
 
 
 @pytest.mark.reliability

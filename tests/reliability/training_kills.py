@@ -1,7 +1,7 @@
 """Trainings that die by SIGKILL: at a step, or at one of the system calls of a save.
 
 `endings` runs them in a process of their own with one thread, which loads a thin base once and
-forks for each training.
+forks for each training. It never asks a GPU for anything, so that each fork may use one.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from sbora_diffusion.core import checkpoints, storage
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.runtime import deterministic
 from sbora_diffusion.group_jobs import train_concepts
 from sbora_diffusion.jobs import train_concept
 from sbora_diffusion.library import Library
@@ -45,6 +46,7 @@ class Plan:
         names: one subject trains alone, several in a group.
         step: die when so many steps are done.
         call: die at this call that changes a file, counted from the beginning of the first save.
+        device: where it trains, a GPU with deterministic algorithms.
     """
 
     folder: str
@@ -54,6 +56,7 @@ class Plan:
     resume: bool = False
     step: int = 0
     call: int = 0
+    device: str = "cpu"
 
 
 @dataclass
@@ -81,7 +84,7 @@ def endings(plans: Sequence[Plan]) -> list[Ending]:
         [sys.executable, "-m", "tests.reliability.training_kills"],
         input=json.dumps([asdict(plan) for plan in plans]),
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -140,7 +143,8 @@ def _child(base: Base, plan: Plan, notes: Path) -> int:
             _die()
 
     try:
-        with calls.counted():
+        base.pipeline.to(plan.device)
+        with calls.counted(), deterministic(base.device):
             train(base, plan, told, on_step)
         return 0
     except BaseException:
