@@ -11,7 +11,7 @@ from sbora_diffusion import __version__, team
 from sbora_diffusion.cli_bench import bench_app
 from sbora_diffusion.cli_check import check
 from sbora_diffusion.cli_evaluate import evaluate
-from sbora_diffusion.cli_formats import export
+from sbora_diffusion.cli_formats import bring_in, export
 from sbora_diffusion.cli_generate import generate
 from sbora_diffusion.cli_library import inspect, library_app
 from sbora_diffusion.cli_llm import llm_app
@@ -58,6 +58,7 @@ app.command()(inspect)
 app.command()(check)
 app.command()(merge)
 app.command()(export)
+app.command("import")(bring_in)
 app.command()(generate)
 app.command()(evaluate)
 

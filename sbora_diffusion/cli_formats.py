@@ -1,5 +1,6 @@
 """Concepts in other tools' files, and back: `sbora export` and `sbora import`."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,9 @@ from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.library import Library
 
 if TYPE_CHECKING:
+    from sbora_diffusion.core.concept import Concept
     from sbora_diffusion.core.concept_set import ConceptSet
+    from sbora_diffusion.core.projection import Kept, Projection
 
 
 class To(StrEnum):
@@ -123,3 +126,137 @@ def _write_checkpoint(
         rounded = merged.rounded
     if rounded:
         console.warn("some concepts were trained on a rounded copy of this base")
+
+
+def bring_in(
+    source: Annotated[Path, typer.Argument(help="A LoRA file, an export or a PEFT folder")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The concept file; of published code a folder")
+    ],
+    project: Annotated[
+        str | None,
+        typer.Option(metavar="CONCEPT", help="Project an ordinary LoRA onto its indices"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the concept; by default the source's")
+    ] = None,
+    class_noun: Annotated[
+        str, typer.Option(help="What it is, where the source does not say")
+    ] = "object",
+    base: BaseOption = None,
+    library: LibraryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make concept files of exports, of PEFT folders and, projected, of ordinary LoRAs."""
+    quiet_libraries()
+    from sbora_diffusion.core.published import is_published
+
+    console = Console(as_json)
+    if not source.exists():
+        raise ConfigError(f"{source} does not exist", "check the path")
+    if project:
+        found = _project(console, source, project, _name(name, source), Library(library))
+        facts = _save_one(console, found.concept, output)
+        facts["loss"] = _losses(found)
+    elif is_published(source):
+        facts = _import_published(console, source, output)
+    elif _is_adapter(source):
+        facts = _import_adapter(console, source, output, base, _name(name, source), class_noun)
+    else:
+        facts = _import_export(console, source, output)
+    console.result(facts)
+
+
+def _name(name: str | None, source: Path) -> str:
+    """The name given, or the source's own with what a name cannot have replaced."""
+    from sbora_diffusion.core.schema import NAME_PATTERN
+
+    found = name or re.sub(r"[^A-Za-z0-9_-]+", "_", source.stem)
+    if not re.fullmatch(NAME_PATTERN, found):
+        raise ConfigError(f"{found!r} is no name of a concept", "give one with --name")
+    return found
+
+
+def _save_one(console: Console, concept: "Concept", output: Path) -> dict[str, Any]:
+    from sbora_diffusion.core.concept import write_concept
+    from sbora_diffusion.outputs import check_concept_output, make_parent
+
+    check_concept_output(output)
+    make_parent(output)
+    digest = write_concept(output, concept)
+    meta = concept.meta
+    console.say(
+        f"{output}: {meta.name}, SBoRA-{meta.variant.upper()}, rank {meta.rank}, indices "
+        f"{meta.start} to {meta.stop - 1}, {len(concept.layers)} layers"
+    )
+    return {"file": str(output), "name": meta.name, "digest": digest}
+
+
+def _import_export(console: Console, source: Path, output: Path) -> dict[str, Any]:
+    from sbora_diffusion.core.concept_set import write_concept_set
+    from sbora_diffusion.diffusion.imports import import_export
+    from sbora_diffusion.outputs import check_concept_output, make_parent
+
+    found = import_export(source)
+    if len(found.concepts) == 1 and found.concepts[0][1] == 1.0:
+        return _save_one(console, found.concepts[0][0], output)
+    check_concept_output(output)
+    make_parent(output)
+    digest = write_concept_set(output, found.concepts, found.allow_overlap)
+    console.say(f"{output}: {len(found.concepts)} concepts in one set")
+    listed = [{"name": c.meta.name, "weight": weight} for c, weight in found.concepts]
+    return {"file": str(output), "digest": digest, "concepts": listed}
+
+
+def _import_published(console: Console, source: Path, output: Path) -> dict[str, Any]:
+    from sbora_diffusion.core.published import import_published
+    from sbora_diffusion.outputs import check_model_output
+
+    check_model_output(output)
+    layers = import_published(source, output)
+    console.say(f"{output}: an adapter on {layers} layers for this package's PEFT tuner")
+    console.say("load it with PeftModel.from_pretrained after `import sbora_diffusion.core.tuner`")
+    return {"folder": str(output), "layers": layers}
+
+
+def _is_adapter(source: Path) -> bool:
+    """Is it what this package's PEFT tuner saves?"""
+    from sbora_diffusion.diffusion.lora_files import peft_folders, read_peft_config
+
+    return any(read_peft_config(folder).peft_type == "SBORA" for folder in peft_folders(source))
+
+
+def _import_adapter(
+    console: Console, source: Path, output: Path, base: str | None, name: str, class_noun: str
+) -> dict[str, Any]:
+    from sbora_diffusion.diffusion.imports import import_adapter
+
+    if base is None:
+        raise ConfigError("an adapter does not say its base", "give it with --base")
+    concept = import_adapter(source, open_base(base, "cpu"), name, class_noun)
+    return _save_one(console, concept, output)
+
+
+def _project(
+    console: Console, source: Path, onto: str, name: str, library: Library
+) -> "Projection":
+    from sbora_diffusion.core.projection import project
+    from sbora_diffusion.diffusion.lora_files import read_lora
+    from sbora_diffusion.lookup import load_concepts
+
+    templates = load_concepts([onto], library)
+    if len(templates) != 1:
+        raise ConfigError(f"{onto} holds {len(templates)} concepts", "name one of them")
+    found = project(read_lora(source).layers, templates[0][0], name)
+    rows = [_row(kind, kept) for kind, kept in [*found.kept.items(), ("all", found.overall)]]
+    console.table(["layers", "number", "of the concept", "lost of ‖ΔW‖"], rows)
+    return found
+
+
+def _row(kind: str, kept: "Kept") -> list[str]:
+    return [kind, str(kept.layers), str(kept.matched), f"{kept.loss:.1%}"]
+
+
+def _losses(found: "Projection") -> dict[str, float]:
+    losses = {kind: kept.loss for kind, kept in found.kept.items()}
+    return {**losses, "all": found.overall.loss}

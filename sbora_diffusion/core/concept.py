@@ -48,6 +48,7 @@ __all__ = [
     "concept_of",
     "decode_concept",
     "encode_concept",
+    "payload_digest",
     "public_base_name",
     "read_concept",
     "refuse_extras",
@@ -93,13 +94,13 @@ def encode_concept(concept: Concept) -> tuple[dict[str, torch.Tensor], dict[str,
     """
     validate_concept(concept)
     tensors, document = _tensors(concept), _document(concept.meta)
-    document["digest"] = _digest(tensors, document)
+    document["digest"] = payload_digest(tensors, document)
     return tensors, document
 
 
 def sealed(concept: Concept) -> Concept:
     """The same concept with its digest filled in, as reading it back from a file gives it."""
-    digest = _digest(_tensors(concept), _document(concept.meta))
+    digest = payload_digest(_tensors(concept), _document(concept.meta))
     meta = concept.meta.model_copy(update={"digest": digest})
     return Concept(meta, concept.layers, concept.embeddings)
 
@@ -138,7 +139,7 @@ def decode_concept(tensors: Mapping[str, torch.Tensor], document: Any) -> Concep
         FormatError, IntegrityError, NonFiniteError, CapacityError: see `read_concept`.
     """
     _check_document(document)
-    if document["digest"] != _digest(tensors, document):
+    if document["digest"] != payload_digest(tensors, document):
         raise IntegrityError(
             "the content does not match its digest, the file is damaged",
             "copy or download it again",
@@ -266,7 +267,7 @@ def _check_document(document: Any) -> None:
         )
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], document: dict[str, Any]) -> str:
+def payload_digest(tensors: Mapping[str, torch.Tensor], document: dict[str, Any]) -> str:
     """SHA-256 of every tensor in the order of the keys, then of the document without its digest."""
     digest = hashlib.sha256()
     for key in sorted(tensors):

@@ -15,7 +15,6 @@ from sbora_diffusion.core.concept import Concept, refuse_extras
 from sbora_diffusion.core.errors import NonFiniteError
 from sbora_diffusion.core.folded_set import Weighted, refuse_bad_weight
 from sbora_diffusion.core.functional import one_hot, scaling
-from sbora_diffusion.core.schema import LayerFactor
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,19 +109,3 @@ def _materialised(concept: Concept, layer: str, scale: float) -> LoraLayer:
     if concept.meta.variant == "fa":
         return LoraLayer(fixed, trained)
     return LoraLayer(trained, fixed.T)
-
-
-def trained_factors(
-    layers: dict[str, LoraLayer], variant: str, first: int, indices: dict[str, Tensor]
-) -> dict[str, LayerFactor]:
-    """What a concept stores, from its ranks `first` … in a LoRA; the inverse of `lora_layers`.
-
-    Args:
-        indices: the concept's indices in each of its layers.
-    """
-    found = {}
-    for layer, own in indices.items():
-        ranks = slice(first, first + len(own))
-        factor = layers[layer].up[:, ranks] if variant == "fa" else layers[layer].down[ranks]
-        found[layer] = LayerFactor(own, factor.contiguous())
-    return found

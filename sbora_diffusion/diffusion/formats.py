@@ -133,7 +133,7 @@ def _write_layers(
     metadata = {
         "format": "pt",
         "sbora": canonical_json(record),
-        DOCUMENTS: canonical_json(_documents(concepts)),
+        DOCUMENTS: canonical_json(_documents(concepts, record["allow_overlap"])),
         **lora_metadata(concepts, next(iter(layers.values()))),
     }
     if form == "peft":
@@ -146,7 +146,7 @@ def _write_layers(
     return name
 
 
-def _documents(concepts: Sequence[Weighted]) -> dict[str, Any]:
+def _documents(concepts: Sequence[Weighted], allow_overlap: bool) -> dict[str, Any]:
     """The concepts' documents and layers, in the order of their ranks; a list of layers that
     several share stands there once."""
     ordered = sorted(concepts, key=lambda pair: pair[0].meta.digest)
@@ -159,4 +159,5 @@ def _documents(concepts: Sequence[Weighted]) -> dict[str, Any]:
         }
         for concept, weight in ordered
     ]
-    return {"layers": [list(names) for names in lists], "concepts": entries}
+    names = [list(layers) for layers in lists]
+    return {"allow_overlap": allow_overlap, "layers": names, "concepts": entries}

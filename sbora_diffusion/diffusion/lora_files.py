@@ -19,7 +19,7 @@ from sbora_diffusion.core.storage import encode, write_atomically
 from sbora_diffusion.diffusion.lora_names import SUFFIXES, canonical_name, kohya_name
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 _REMEDY = "give a LoRA with kohya's, diffusers' or PEFT's keys"
 
@@ -87,7 +87,7 @@ def write_peft(folder: Path, layers: Layers, metadata: Mapping[str, str], base: 
         place.mkdir()
         _peft_config(own, base).save_pretrained(str(place))
         data = diffusers_tensors(
-            {f"{_PEFT_PREFIX}{path}": LoraLayer(x.down, x.up) for path, x in own.items()}
+            {f"{PEFT_PREFIX}{path}": LoraLayer(x.down, x.up) for path, x in own.items()}
         )
         write_atomically(place / PEFT_WEIGHTS, encode(data, metadata))
 
@@ -130,6 +130,21 @@ def peft_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     return [f for f in (path, *sorted(path.iterdir())) if (f / PEFT_CONFIG).is_file()]
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """The configuration in a PEFT folder.
+
+    Raises:
+        FormatError: it is none that PEFT knows.
+    """
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise FormatError(
+            f"{folder / PEFT_CONFIG} is no configuration of PEFT: {str(error).splitlines()[0]}",
+            _REMEDY,
+        ) from error
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -180,11 +195,11 @@ def _only_file(path: Path) -> Path:
 
 
 def _read_peft(folder: Path) -> LoraFile:
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_peft_config(folder)
     if not isinstance(config, LoraConfig) or config.use_dora:
         raise FormatError(f"{folder} is no plain LoRA, but {config.peft_type}", _REMEDY)
     tensors, metadata = load_tensors(folder / PEFT_WEIGHTS)
-    paths = {key.removeprefix(_PEFT_PREFIX): value for key, value in tensors.items()}
+    paths = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     component = _component(folder.name, paths)
     named = {f"{component}.{path}": value for path, value in paths.items()}
     return LoraFile(_layers(named, str(folder), {component: vars(config)}), metadata)
