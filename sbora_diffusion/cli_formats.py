@@ -150,6 +150,7 @@ def bring_in(
     """Make concept files of exports, of PEFT folders and, projected, of ordinary LoRAs."""
     quiet_libraries()
     from sbora_diffusion.core.published import is_published
+    from sbora_diffusion.diffusion.imports import is_adapter
 
     console = Console(as_json)
     if not source.exists():
@@ -160,7 +161,7 @@ def bring_in(
         facts["loss"] = _losses(found)
     elif is_published(source):
         facts = _import_published(console, source, output)
-    elif _is_adapter(source):
+    elif is_adapter(source):
         facts = _import_adapter(console, source, output, base, _name(name, source), class_noun)
     else:
         facts = _import_export(console, source, output)
@@ -217,13 +218,6 @@ def _import_published(console: Console, source: Path, output: Path) -> dict[str,
     console.say(f"{output}: an adapter on {layers} layers for this package's PEFT tuner")
     console.say("load it with PeftModel.from_pretrained after `import sbora_diffusion.core.tuner`")
     return {"folder": str(output), "layers": layers}
-
-
-def _is_adapter(source: Path) -> bool:
-    """Is it what this package's PEFT tuner saves?"""
-    from sbora_diffusion.diffusion.lora_files import peft_folders, read_peft_config
-
-    return any(read_peft_config(folder).peft_type == "SBORA" for folder in peft_folders(source))
 
 
 def _import_adapter(

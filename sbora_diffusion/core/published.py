@@ -2,12 +2,11 @@
 
 They hold, in `adapter_model.bin`, the indices as int64 (r,) under ``<module>.lora_A`` (FA) or
 ``<module>.lora_B`` (FB), without ``.weight``, and the trained factor beside them. The indices were
-drawn at random, so they are no range of an allocation: they become an adapter of the PEFT tuner, not
-a concept. The quantized models' configuration calls itself a LoRA; the tensors say what it is.
+drawn at random, so they are no range of an allocation: they become an adapter of the PEFT tuner,
+not a concept. The quantized models' configuration calls itself a LoRA; the tensors say what it is.
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,9 +80,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.PickleError) as error:
+    except Exception as error:  # whatever the bytes of a damaged one lead to
         raise FormatError(
-            f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}", _REMEDY
+            f"{file} holds more than tensors, or is damaged: {error!r:.100}", _REMEDY
         ) from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise FormatError(f"{file} is no table of tensors", _REMEDY)

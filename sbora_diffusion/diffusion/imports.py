@@ -156,6 +156,11 @@ def _embeddings(folder: Path, documents: _Documents) -> dict[str, Tensor]:
     return found
 
 
+def is_adapter(path: Path) -> bool:
+    """Is it what this package's PEFT tuner saves?"""
+    return any(isinstance(read_peft_config(f), SboraConfig) for f in peft_folders(path))
+
+
 def import_adapter(path: Path, base: Base, name: str, class_noun: str) -> Concept:
     """A concept out of what `save_pretrained` wrote for this package's PEFT tuner.
 
