@@ -11,6 +11,7 @@
 diffusers' own `load_lora_weights` does not know concept files.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,9 @@ class _Place:
             layer.sbora_factor[adapter].copy_(stored.factor.float() * ratio)
 
     def clear(self) -> None:
-        eject(self._pipe, self.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says which adapter it makes active instead
+            eject(self._pipe, self.name)
 
 
 def _form(concept: Concept) -> Any:
