@@ -216,7 +216,7 @@ def _import_published(console: Console, source: Path, output: Path) -> dict[str,
     check_model_output(output)
     layers = import_published(source, output)
     console.say(f"{output}: an adapter on {layers} layers for this package's PEFT tuner")
-    console.say("load it with PeftModel.from_pretrained after `import sbora_diffusion.core.tuner`")
+    console.say("load it with PeftModel.from_pretrained after `import sbora_diffusion`")
     return {"folder": str(output), "layers": layers}
 
 

@@ -31,7 +31,7 @@ def is_published(folder: Path) -> bool:
 
 def import_published(source: Path, folder: Path) -> int:
     """Write a PEFT folder with the same update, which `PeftModel.from_pretrained` loads once
-    `sbora_diffusion.core.tuner` is imported.
+    `sbora_diffusion` is imported.
 
     Returns:
         The number of adapted layers.
