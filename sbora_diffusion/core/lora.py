@@ -14,7 +14,7 @@ from torch import Tensor
 from sbora_diffusion.core.concept import Concept, refuse_extras
 from sbora_diffusion.core.errors import NonFiniteError
 from sbora_diffusion.core.folded_set import Weighted, refuse_bad_weight
-from sbora_diffusion.core.functional import one_hot, scaling
+from sbora_diffusion.core.functional import Variant, one_hot, scaling
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +103,17 @@ def _side_by_side(parts: dict[int, LoraLayer], rank: int, scale: float) -> LoraL
 
 def _materialised(concept: Concept, layer: str, scale: float) -> LoraLayer:
     """One concept's share of a layer, with `scale` in place of the ones of its fixed factor."""
-    stored = concept.layers[layer]
-    fixed = one_hot(stored.indices, concept.meta.widths[layer]).float() * scale  # (r, width)
-    trained = stored.factor.float()
-    if concept.meta.variant == "fa":
-        return LoraLayer(fixed, trained)
-    return LoraLayer(trained, fixed.T)
+    stored, meta = concept.layers[layer], concept.meta
+    return lora_pair(meta.variant, stored.indices, stored.factor, meta.widths[layer], scale)
+
+
+def lora_pair(
+    variant: Variant, indices: Tensor, factor: Tensor, width: int, scale: float = 1.0
+) -> LoraLayer:
+    """A trained factor and the fixed one written out, with `scale` in place of its ones.
+
+    Args:
+        width: inputs (FA) or outputs (FB) of the layer.
+    """
+    fixed, trained = one_hot(indices, width).float() * scale, factor.float()  # fixed: (r, width)
+    return LoraLayer(fixed, trained) if variant == "fa" else LoraLayer(trained, fixed.T)
