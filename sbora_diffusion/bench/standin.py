@@ -46,7 +46,9 @@ def standin(
     )
     with torch.device("meta"):
         unet, text_encoder = unet_of(width), CLIPTextModel(config)
-    pipeline = SimpleNamespace(unet=unet, text_encoder=text_encoder, tokenizer=_tokenizer(words))
+    pipeline = SimpleNamespace(
+        unet=unet, text_encoder=text_encoder, tokenizer=invented_tokenizer(words)
+    )
     values = torch.randn(1 << 22, generator=generator) * 0.02
     for k, layer in enumerate(target_layers(pipeline).values()):
         offset, count = 997 * k, layer.weight.numel()
@@ -94,11 +96,12 @@ def standin_concept(
     return sealed(Concept(meta, factors, {f"text_encoder.<{name}>": vectors}))
 
 
-def _tokenizer(count: int) -> CLIPTokenizer:
+def invented_tokenizer(count: int) -> CLIPTokenizer:
     """So many words, invented."""
     letters = [chr(97 + k) for k in range(26)]
     pairs = [(first, second + "</w>") for first in letters for second in letters]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs)]
     fill = [f"{k}</w>" for k in range(count - len(words) - 2)]
     vocabulary = [*words, *fill, "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: k for k, word in enumerate(vocabulary)}, merges=pairs)  # type: ignore[arg-type]
+    numbers: Any = {word: k for k, word in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=numbers, merges=pairs, model_max_length=77)

@@ -251,9 +251,10 @@ class TrainingLoop(ABC):
         """(lessons,), the loss of each; all in one pass."""
         ids, *draw = batch
         noised = objective.noised(Draw(*draw))
-        told = self.texts.told(models, ids, noised.noised.dtype)
-        denoiser = models[self.base.kind.denoiser]
-        predicted = self.base.predicted(denoiser, noised.noised, noised.timesteps, told)
+        dtype = self.base.denoiser.dtype
+        told = self.texts.told(models, ids, dtype)
+        denoiser, latents = models[self.base.kind.denoiser], noised.noised.to(dtype)
+        predicted = self.base.predicted(denoiser, latents, noised.timesteps, told)
         return objective.errors(predicted, noised).view(len(self.lessons), -1).mean(1)
 
     def _batches(self, objective: Objective, streams: list[list[Stream | Mindful]]) -> list[Batch]:

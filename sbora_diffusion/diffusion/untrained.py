@@ -39,3 +39,22 @@ def tiny_unet(cross_attention: int = 32) -> UNet2DConditionModel:
         cross_attention_dim=cross_attention,
         attention_head_dim=4,
     )
+
+
+def tiny_sdxl_unet() -> UNet2DConditionModel:
+    """For rehearsals: told sizes and pooled text as Stable Diffusion XL's is; two text encoders 32
+    wide."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
