@@ -44,8 +44,8 @@ GIB, DRIVER = 1 << 30, 0.5
 CASES = {"sd1": (4, 6.0), "sdxl": (1, 16.0)}
 """Family → batch size, GiB."""
 PROMPT = "a photo of <plushbear> on the beach"
-CLOSE = 1e-3
-"""Of the largest latent; convolutions run in TF32 on a GPU."""
+CLOSE = 1000.0
+"""In millionths of the largest latent; convolutions run in TF32 on a GPU."""
 
 
 def study(family: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def memory(device: str, limit: float, found: dict[str, Any]) -> Iterator[None]:
 
 
 def agreement(base: Base, concept: Concept, folder: Path) -> dict[str, Any]:
-    """How far pictures of the concept in its several forms are from each other, as shares of the
-    largest latent; 0.0 where the arithmetic is the same."""
+    """How far pictures of the concept in its several forms are from each other, in millionths of
+    the largest latent; 0 where the arithmetic is the same."""
     before, weights = drawn(base, "a photo of a bear"), bytes_of(base)
     write_concept(folder / "concept.safetensors", concept)
     concept = read_concept(folder / "concept.safetensors")
@@ -125,13 +125,13 @@ def agreement(base: Base, concept: Concept, folder: Path) -> dict[str, Any]:
     if base.family == "sd1":
         merged.save(folder / "merged")
     merged.restore()
-    scale = folded.abs().max().item()
+    millionth = folded.abs().max().item() / 1e6
     found = {
-        "live_and_folded": at_most(apart(attached, folded) / scale, CLOSE),
+        "live_and_folded": at_most(apart(attached, folded) / millionth, CLOSE),
         "folded_and_exported": at_most(
-            apart(exported(base, concept, folder), folded) / scale, CLOSE
+            apart(exported(base, concept, folder), folded) / millionth, CLOSE
         ),
-        "concept_and_base": round(apart(folded, before) / scale, 4),
+        "concept_and_base": round(apart(folded, before) / millionth),
         "after_removal": at_most(apart(drawn(base, "a photo of a bear"), before), 0.0),
         "weights_after_removal": at_most(
             sum(not torch.equal(weights[name], now) for name, now in bytes_of(base).items()), 0

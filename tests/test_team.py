@@ -14,7 +14,7 @@ from sbora_diffusion.checkpointing import NONE
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.training_loop import _refuse_apart
+from sbora_diffusion.diffusion.processes import _refuse_apart
 from tests.team_training import trained
 
 

@@ -80,7 +80,7 @@ def random_base(
 
 def _models(family: str, sizes: Sizes) -> dict[str, nn.Module]:
     first, *others = (_clip(size, sizes.words) for size in sizes.clips)
-    encoders = {"text_encoder": CLIPTextModel(first)}
+    encoders: dict[str, nn.Module] = {"text_encoder": CLIPTextModel(first)}
     for number, config in enumerate(others, 2):
         encoders[f"text_encoder_{number}"] = CLIPTextModelWithProjection(config)
     vae = AutoencoderKL(

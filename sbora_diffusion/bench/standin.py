@@ -104,4 +104,4 @@ def invented_tokenizer(count: int) -> CLIPTokenizer:
     fill = [f"{k}</w>" for k in range(count - len(words) - 2)]
     vocabulary = [*words, *fill, "<|startoftext|>", "<|endoftext|>"]
     numbers: Any = {word: k for k, word in enumerate(vocabulary)}
-    return CLIPTokenizer(vocab=numbers, merges=pairs, model_max_length=77)
+    return CLIPTokenizer(vocab=numbers, merges=pairs, model_max_length=77)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sbora_diffusion.core.functional import Variant
+from sbora_diffusion.diffusion.optimizers import OptimizerName
 from sbora_diffusion.diffusion.targets import Targets
 
 
@@ -26,7 +27,15 @@ class TrainConfig(BaseModel):
     rate_unet: float = Field(3e-3, ge=0)
     warmup_steps: int = Field(10, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="adamw8bit keeps moments in 8 bits; prodigy finds the rate by itself, and of "
+        "the rates only those that are 0 count",
+    )
     weight_decay: float = Field(0.0, ge=0)
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the moving average that the concept is; 0 for none"
+    )
     max_gradient_norm: float = Field(1.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     vectors: int | None = Field(
@@ -35,6 +44,9 @@ class TrainConfig(BaseModel):
     resolution: int | None = Field(None, ge=32, le=4096, description="the base's by default")
     copies: int = Field(8, ge=1, le=256, description="cached crops made from each reference")
     flip: bool = True
+    masked_loss: bool = Field(
+        False, description="only what a reference's transparency leaves visible counts"
+    )
     noise_offset: float = Field(0.0, ge=0, le=1)
     min_snr_gamma: float | None = Field(None, gt=0, description="arXiv 2303.09556; 5 is usual")
     prior_weight: float = Field(0.0, ge=0, description="loss on pictures of the bare class noun")

@@ -29,10 +29,12 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Example:
-    """One training picture (3, H, W) in [−1, 1] and the captions that may stand for it."""
+    """One training picture (3, H, W) in [−1, 1], the captions that may stand for it, and how much
+    of each pixel counts (1, H, W), all without a mask."""
 
     pixels: Tensor
     captions: tuple[str, ...]
+    mask: Tensor | None = None
 
 
 def open_image(path: Path) -> Image.Image:
@@ -56,6 +58,21 @@ def open_image(path: Path) -> Image.Image:
         raise DataError(
             f"{path} is not a picture that can be read", "replace it or take it out of the folder"
         ) from error
+
+
+def open_mask(path: Path) -> Image.Image:
+    """What a picture's transparency leaves visible, upright, in grey; all of it if it has none.
+
+    Raises:
+        DataError: nothing is visible.
+    """
+    open_image(path)  # whatever cannot be read is refused there
+    with Image.open(path, formats=FORMATS) as image:
+        image.draft("RGB", (2048, 2048))
+        mask = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    if not mask.getextrema()[1]:
+        raise DataError(f"{path} is transparent everywhere", "replace it, or leave out masked_loss")
+    return mask
 
 
 def _read(path: Path) -> Image.Image:
@@ -94,7 +111,9 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-def load_examples(subject: Subject, size: int, copies: int, flip: bool, seed: int) -> list[Example]:
+def load_examples(
+    subject: Subject, size: int, copies: int, flip: bool, seed: int, masked: bool = False
+) -> list[Example]:
     """All training pictures: every reference as a centred square and as random crops.
 
     The first copy is the centred square, the second its mirror image if `flip`, the others crops.
@@ -103,21 +122,37 @@ def load_examples(subject: Subject, size: int, copies: int, flip: bool, seed: in
         size: pixels a side.
         copies: pictures made from each reference; every second one is mirrored if `flip`.
         seed: of the crops.
+        masked: whether transparency says what counts.
     """
     rng, examples = random.Random(seed), []
     for path in subject.images:
-        image = open_image(path)
+        image, mask = open_image(path), open_mask(path) if masked else None
         captions = _captions(subject, path)
         for copy in range(copies):
-            square = (
-                crop_square(image, size, rng.uniform(0.8, 1.0), rng)
-                if copy > flip  # with `flip` the first two are the square and its mirror image
-                else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            )
-            if flip and copy % 2:
-                square = ImageOps.mirror(square)
-            examples.append(Example(to_tensor(square), captions))
+            before = rng.getstate()
+            square = _square(image, size, copy, flip, rng)
+            seen = None
+            if mask is not None:
+                rng.setstate(before)  # the same window
+                seen = _counts(_square(mask, size, copy, flip, rng))
+            examples.append(Example(to_tensor(square), captions, seen))
     return examples
+
+
+def _square(
+    image: Image.Image, size: int, copy: int, flip: bool, rng: random.Random
+) -> Image.Image:
+    square = (
+        crop_square(image, size, rng.uniform(0.8, 1.0), rng)
+        if copy > flip  # with `flip` the first two are the square and its mirror image
+        else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    )
+    return ImageOps.mirror(square) if flip and copy % 2 else square
+
+
+def _counts(mask: Image.Image) -> Tensor:
+    """Grey → (1, H, W) in 0..1."""
+    return torch.from_numpy(np.asarray(mask, np.float32) / 255)[None]
 
 
 def _captions(subject: Subject, image: Path) -> tuple[str, ...]:

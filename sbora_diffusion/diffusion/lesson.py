@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from sbora_diffusion.core.allocation import check_capacity
 from sbora_diffusion.core.concept import Concept, ConceptMeta, LayerFactor, TokenMeta, sealed
@@ -31,17 +32,22 @@ class Stream:
     Attributes:
         latents: (N, C, H, W), scaled, on the CPU.
         captions: those of each picture, one of which is drawn.
+        masks: (N, 1, H, W), how much of the latents' places counts, in the mean 1; all without.
     """
 
     latents: Tensor
     captions: list[tuple[str, ...]]
     generator: Generator
+    masks: Tensor | None = None
 
     def draw(self, objective: Objective, batch_size: int) -> tuple[Draw, list[str]]:
         """The next batch and its captions."""
         rows = torch.randint(len(self.latents), (batch_size,), generator=self.generator)
         words = [_choose(self.captions[row], self.generator) for row in rows.tolist()]
-        return objective.draw(self.latents[rows], self.generator), words
+        drawn = objective.draw(self.latents[rows], self.generator)
+        if self.masks is not None:
+            drawn = drawn._replace(weight=drawn.weight.view(-1, 1, 1, 1) * self.masks[rows])
+        return drawn, words
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +74,10 @@ class Mindful:
         others, captions = self.preserved.draw(self.rows, self.generator)
         total = batch_size + self.rows
         own = own._replace(weight=own.weight * total / batch_size)
-        others = others._replace(weight=others.weight * self.share * total / self.rows)
+        weight = others.weight * self.share * total / self.rows
+        if own.weight.dim() > 1:
+            weight = weight.view(-1, 1, 1, 1).expand(-1, *own.weight.shape[1:])
+        others = others._replace(weight=weight)
         return Draw(*map(torch.cat, zip(own, others, strict=True))), words + captions
 
 
@@ -96,7 +105,9 @@ class Lesson:
         self.base, self.subject, self.config, self.start = base, subject, config, start
         self.fingerprint = base.fingerprint
         size = config.resolution or base.resolution
-        self.examples = load_examples(subject, size, config.copies, config.flip, config.seed)
+        self.examples = load_examples(
+            subject, size, config.copies, config.flip, config.seed, config.masked_loss
+        )
         self.initial = {
             encoder.model: self._initial(encoder) for encoder in base.kind.present(base.pipeline)
         }
@@ -124,7 +135,8 @@ class Lesson:
 
     def _stream(self, examples: list[Example], generator: Generator) -> Stream:
         latents = encode(self.base, torch.stack([example.pixels for example in examples]))
-        return Stream(latents.cpu(), [example.captions for example in examples], generator)
+        captions = [example.captions for example in examples]
+        return Stream(latents.cpu(), captions, generator, _masks(examples, latents))
 
     def _prior_examples(self) -> list[Example]:
         """Pictures of the bare class noun, drawn by the frozen base."""
@@ -174,6 +186,15 @@ class Lesson:
             tokens=(TokenMeta(token=settings.token, initializer=settings.class_noun),),
             training=config.model_dump(mode="json"),
         )
+
+
+def _masks(examples: list[Example], latents: Tensor) -> Tensor | None:
+    """Those of the examples, as large as their latents and in the mean 1."""
+    masks = [example.mask for example in examples if example.mask is not None]
+    if not masks:
+        return None
+    small = functional.interpolate(torch.stack(masks), size=latents.shape[-2:], mode="area")
+    return small / small.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def layer_width(layer: nn.Linear, variant: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 
@@ -24,6 +25,18 @@ class Runtime:
 
 
 USUAL = Runtime()
+
+
+def checkpoint_gradients(model: Any, on: bool) -> None:
+    """Gradient checkpointing of a model of diffusers, or of transformers."""
+    if isinstance(model, ModelMixin):
+        (model.enable_gradient_checkpointing if on else model.disable_gradient_checkpointing)()
+    elif on:
+        model.gradient_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_disable()
+        # It may forget its own hook, which could not be copied once the embedding is gone.
+        model.disable_input_require_grads()
 
 
 def compile_in_place(model: nn.Module) -> None:

@@ -1,20 +1,22 @@
 """All that decides the rest of a training, taken out of it between two steps and put back.
 
-What is trained and AdamW's moments; the generators of the batches as they were before the batches
-that wait for the next step, which are drawn anew; the global generators, from which dropout draws.
-The learning rates follow from the number of the step.
+What is trained, its moving average, what the optimizer knows; the generators of the batches as
+they were before the batches that wait for the next step, which are drawn anew; the global
+generators, from which dropout draws. The learning rates follow from the number of the step.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from sbora_diffusion.core.checkpoints import Content
 from sbora_diffusion.core.errors import FormatError
+from sbora_diffusion.diffusion.optimizers import OptimizerState, put_back, settings_of, state_of
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 class Batch(NamedTuple):
@@ -55,9 +57,10 @@ class TrainingState:
 
     Args:
         parameters: all that is trained, in the order of the optimizer's.
-        optimizer: AdamW.
+        optimizer: any of `optimizers.py`.
         scaler: of the loss in fp16, if there is one.
         feed: the batches.
+        ema: the moving average of what is trained, if there is one.
 
     Attributes:
         step: how many steps are done.
@@ -71,9 +74,11 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
         feed: Feed,
+        ema: "EMAModel | None" = None,
     ) -> None:
-        self.parameters, self.feed = parameters, feed
+        self.parameters, self.feed, self.ema = parameters, feed, ema
         self._optimizer, self._scaler = optimizer, scaler
+        self._settings = settings_of(optimizer)
         self.step, self.whole = 0, True
         self._random: dict[str, Tensor] = {}
 
@@ -89,21 +94,17 @@ class TrainingState:
     def content(self) -> Content:
         """The state after the last completed step, on the CPU."""
         assert self.whole, "an optimizer step was interrupted"
-        known = [self._optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        moments = {
-            f"{k:04d}.{name}": state[name]
-            for k, state in enumerate(known)
-            for name in MOMENTS
-            if state
-        }
+        known = state_of(self._optimizer, self.parameters, self._settings)
         tensors = {
             "weights": {f"{k:04d}": p.detach() for k, p in enumerate(self.parameters)},
-            "optimizer": moments,
+            "optimizer": known.tensors,
             "random": {name: state.view(torch.int32) for name, state in self._random.items()},
         }
+        if self.ema:
+            tensors["average"] = {f"{k:04d}": v for k, v in enumerate(self.ema.shadow_params)}
         document = {
             "step": self.step,
-            "updates": [int(state["step"]) if state else 0 for state in known],
+            "optimizer": known.document,
             "scaler": self._scaler.state_dict() if self._scaler else None,
         }
         return Content(document, tensors)
@@ -120,7 +121,13 @@ class TrainingState:
         self._refuse_others(weights)
         for parameter, saved in zip(self.parameters, weights, strict=True):
             parameter.copy_(saved)
-        self._restore_optimizer(document["updates"], tensors["optimizer"])
+        known = OptimizerState(tensors["optimizer"], document["optimizer"])
+        put_back(self._optimizer, known)
+        if self.ema:
+            average = tensors["average"]
+            for shadow, name in zip(self.ema.shadow_params, sorted(average), strict=True):
+                shadow.copy_(average[name])
+            self.ema.optimization_step = document["step"]
         if self._scaler and document["scaler"]:
             self._scaler.load_state_dict(document["scaler"])
         random = {name: state.view(torch.uint8) for name, state in tensors["random"].items()}
@@ -138,16 +145,6 @@ class TrainingState:
     @property
     def _device(self) -> torch.device:
         return self.parameters[0].device
-
-    def _restore_optimizer(self, updates: list[int], moments: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Any]] = {
-            k: {"step": torch.tensor(float(count))}
-            | {name: moments[f"{k:04d}.{name}"] for name in MOMENTS}
-            for k, count in enumerate(updates)
-            if count
-        }
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _refuse_others(self, weights: list[Tensor]) -> None:
         here, found = [p.shape for p in self.parameters], [saved.shape for saved in weights]

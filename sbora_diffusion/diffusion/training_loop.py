@@ -9,18 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from sbora_diffusion.core.checkpoints import Content
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion.bases import Base
-from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once, device_obstacle
 from sbora_diffusion.diffusion.lesson import Lesson, Mindful, Stream
 from sbora_diffusion.diffusion.noise import Draw, Objective
+from sbora_diffusion.diffusion.optimizers import optimizer_named
+from sbora_diffusion.diffusion.processes import accelerator_for, own_rows, shared
+from sbora_diffusion.diffusion.runtime import checkpoint_gradients
 from sbora_diffusion.diffusion.state import Batch, Feed, TrainingState
 from sbora_diffusion.diffusion.texts import Texts
 from sbora_diffusion.diffusion.tokens import (
@@ -71,7 +70,7 @@ class TrainingLoop(ABC):
 
     def __init__(self, base: Base, lessons: Sequence[Lesson]):
         self.base, self.lessons, self.config = base, lessons, lessons[0].config
-        self.accelerator = _accelerator(base, self.config)
+        self.accelerator = accelerator_for(base, self.config)
         self._together = self.accelerator.num_processes > 1
         self.obstacle = self._obstacle()
         self.resumed: Content | None = None
@@ -119,8 +118,8 @@ class TrainingLoop(ABC):
             name: self._trainable(name) for name in self.models if name != self.base.kind.denoiser
         }
         if self.config.gradient_checkpointing:
-            for name, model in self.models.items():
-                _checkpointed(model, name == self.base.kind.denoiser, True)
+            for model in self.models.values():
+                checkpoint_gradients(model, True)
 
     def _trained_models(self) -> list[str]:
         """The denoiser, and the text encoders through which something is learned."""
@@ -165,13 +164,12 @@ class TrainingLoop(ABC):
         )
         groups = self._parameter_groups()
         parameters = [p for group in groups for p in group["params"]]
-        optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.99), weight_decay=config.weight_decay,
-            fused=self.base.device.type == "cuda" or None,
-        )  # fmt: skip
+        on_gpu = self.base.device.type == "cuda"
+        optimizer = optimizer_named(config.optimizer, groups, config.weight_decay, on_gpu)
+        ema = _average(parameters, config.ema) if config.ema else None
         generators = [own.generator for own, *_ in streams]
         feed = Feed(partial(self._batches, objective, streams), generators)
-        state = self._begun(TrainingState(parameters, optimizer, accelerator.scaler, feed))
+        state = self._begun(TrainingState(parameters, optimizer, accelerator.scaler, feed, ema))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate, state.step - 1)
         optimizer = accelerator.prepare(optimizer)
         learn = self._recorded(partial(self._learn, models, objective), parameters)
@@ -183,7 +181,7 @@ class TrainingLoop(ABC):
                     losses = torch.stack([learn(*batch) for batch in feed.batches]).sum(0)
                     feed.draw()  # while the device works
                     if self._together:
-                        losses = self._shared(losses, parameters)
+                        losses = shared(losses, parameters, self.accelerator)
                     norms = self._clip(parameters) if accelerator.sync_gradients else losses[:0]
                     for k, loss in enumerate(self._finite(losses, norms, step)):
                         totals[k] += loss / config.gradient_accumulation
@@ -192,12 +190,17 @@ class TrainingLoop(ABC):
                     optimizer.zero_grad(set_to_none=learn.obstacle is not None)
             self.obstacle = learn.obstacle
             self._after_step()
-            rate = schedule.get_last_lr()[0] / groups[0]["initial_lr"]
+            if ema:
+                ema.step(parameters)
+            rate = float(schedule.get_last_lr()[0] / schedule.base_lrs[0])
             schedule.step()
             state.completed(step)
             self._train_mode(False)
             mean, seconds = sum(totals) / len(totals), time.monotonic() - began
             yield StepRecord(step, config.steps, mean, rate, seconds, tuple(totals))
+        if ema:
+            ema.copy_to(parameters)
+            self._after_step()
 
     def _begun(self, state: TrainingState) -> TrainingState:
         """The state before the first step that is due, its batches drawn."""
@@ -267,26 +270,7 @@ class TrainingLoop(ABC):
         drawn = [stream.draw(objective, self.config.batch_size) for stream in streams]
         ids = torch.stack([self.texts.ids(text) for _, texts in drawn for text in texts])
         batch = Batch(ids, *map(torch.cat, zip(*(draw for draw, _ in drawn), strict=True)))
-        return self._own_rows(batch) if self._together else batch
-
-    def _own_rows(self, batch: Batch) -> Batch:
-        """This process's rows of a batch that all processes draw, weighted so that the mean of the
-        processes' losses is the loss of the whole, whether or not all have as many."""
-        total, count = len(batch.ids), self.accelerator.num_processes
-        own = Batch(*(part[self.accelerator.process_index :: count] for part in batch))
-        return own._replace(weight=own.weight * (len(own.ids) * count / total))
-
-    @torch.no_grad()
-    def _shared(self, losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """The mean of the processes' losses; where a step is due, of their gradients too, in one
-        message: they are small."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        parts = [losses, *(grads if self.accelerator.sync_gradients else [])]
-        flat = torch.cat([part.flatten() for part in parts])
-        means = self.accelerator.reduce(flat, "mean").split([part.numel() for part in parts])
-        for grad, mean in zip(parts[1:], means[1:], strict=True):
-            grad.copy_(mean.view_as(grad))
-        return means[0]
+        return own_rows(batch, self.accelerator) if self._together else batch
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         config, denoiser = self.config, self.base.kind.denoiser
@@ -338,56 +322,14 @@ class TrainingLoop(ABC):
         self.accelerator.free_memory()
         self._train_mode(False)
         if self.config.gradient_checkpointing:
-            for name, model in self.models.items():
-                _checkpointed(model, name == self.base.kind.denoiser, False)
+            for model in self.models.values():
+                checkpoint_gradients(model, False)
         self._take_out()
         self.tokens.set({})
 
 
-def _checkpointed(model: Any, denoiser: bool, on: bool) -> None:
-    """Gradient checkpointing of a model of diffusers, or of transformers."""
-    if denoiser:
-        (model.enable_gradient_checkpointing if on else model.disable_gradient_checkpointing)()
-    elif on:
-        model.gradient_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_disable()
-        # It may forget its own hook, which could not be copied once the embedding is gone.
-        model.disable_input_require_grads()
+def _average(parameters: list[nn.Parameter], decay: float) -> Any:
+    """A moving average, whose decay rises to this; imported where it is wanted."""
+    from diffusers.training_utils import EMAModel
 
-
-def _accelerator(base: Base, config: TrainConfig) -> Accelerator:
-    """Accelerate keeps one precision for the whole process: a training must not be bound to that
-    of the one before.
-
-    Raises:
-        ConfigError: the processes cannot train this together.
-    """
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        device_placement=False,  # the base may lie on another GPU than the first
-        cpu=base.device.type == "cpu",
-    )
-    if accelerator.num_processes > 1:
-        _refuse_apart(accelerator, config)
-    return accelerator
-
-
-def _refuse_apart(accelerator: Accelerator, config: TrainConfig) -> None:
-    if accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"{accelerator.distributed_type.value} divides the weights in which concepts live",
-            "launch data-parallel: scripts/accelerate/two_gpus.yaml",
-        )
-    if config.dropout > 0.0:
-        raise ConfigError(
-            "dropout draws differently in several processes", "train in one, or without dropout"
-        )
-    if config.batch_size < accelerator.num_processes:
-        raise ConfigError(
-            f"a batch of {config.batch_size} for {accelerator.num_processes} processes",
-            "raise batch_size, which counts the pictures of all of them",
-        )
+    return EMAModel(parameters, decay, foreach=True)
