@@ -1,5 +1,5 @@
-"""One training in several processes: each computes with its rows of a batch, and accelerate averages
-the gradients. A process alone does nothing of this.
+"""One training in several processes: each computes with its rows of a batch, and accelerate
+averages the gradients. A process alone does nothing of this.
 
 All processes draw the whole batch, so that their states are the same, and the concept is the one
 that a process alone trains, up to rounding.
