@@ -129,7 +129,7 @@ def _write_layers(
     record: dict[str, Any],
 ) -> str:
     """Write the LoRA; the name of the file that holds it, "" for folders."""
-    family, base = concepts[0][0].meta.family, concepts[0][0].meta.base_name
+    meta = concepts[0][0].meta
     metadata = {
         "format": "pt",
         "sbora": canonical_json(record),
@@ -137,10 +137,10 @@ def _write_layers(
         **lora_metadata(concepts, next(iter(layers.values()))),
     }
     if form == "peft":
-        write_peft(folder, layers, metadata, base if "/" in base else "")
+        write_peft(folder, layers, metadata, meta)
         return ""
     kohya = form == "kohya"
-    tensors = kohya_tensors(layers, family) if kohya else diffusers_tensors(layers)
+    tensors = kohya_tensors(layers, meta.family) if kohya else diffusers_tensors(layers)
     name = f"{title_of(concepts)}.safetensors" if kohya else LORA_FILE
     write_atomically(folder / name, encode_hashed(tensors, metadata))
     return name

@@ -33,7 +33,6 @@ from sbora_diffusion.diffusion.adapters import (
     inject,
     refuse_misfits,
 )
-from sbora_diffusion.diffusion.pipeline import token_vectors
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens
 
@@ -161,7 +160,7 @@ class _Host:
         """Make tokens and active adapters those of what is loaded."""
         vectors: dict[str, torch.Tensor] = {}
         for concept, _ in self.concepts():
-            vectors |= token_vectors(concept)
+            vectors |= concept.embeddings
         self.tokens.set(vectors)
         activate(self.pipe, [place.name for x in self.loaded for place in x._places])
         if not self.loaded and hasattr(self.pipe, _HOST):

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from sbora_diffusion.core.errors import FormatError, IntegrityError
 from sbora_diffusion.core.lora import LoraLayer
+from sbora_diffusion.core.schema import ConceptMeta
 from sbora_diffusion.core.storage import encode, write_atomically
 from sbora_diffusion.diffusion.lora_names import SUFFIXES, canonical_name, kohya_name
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+FLATTENED = frozenset({"pocket", "sd1", "sd2", "sdxl"})
+"""Families whose first text encoder is a CLIPTextModel, which lost its `text_model` in transformers
+5.6; a CLIPTextModelWithProjection still has it."""
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 _REMEDY = "give a LoRA with kohya's, diffusers' or PEFT's keys"
 
@@ -72,14 +76,18 @@ def encode_hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     return encode(tensors, {**metadata, "sshs_model_hash": sha256(payload).hexdigest()})
 
 
-def write_peft(folder: Path, layers: Layers, metadata: Mapping[str, str], base: str) -> None:
+def write_peft(
+    folder: Path, layers: Layers, metadata: Mapping[str, str], meta: ConceptMeta
+) -> None:
     """One PEFT folder for each model of a pipeline: `unet/`, `text_encoder/` …
 
-    Text encoders get the module names of transformers 5.6 and later.
+    Args:
+        meta: of one of the concepts: its base and family.
     """
+    base = meta.base_name if "/" in meta.base_name else None
     for component in sorted({layer.partition(".")[0] for layer in layers}):
         own = {
-            _module_path(layer): lora
+            _module_path(layer, meta.family): lora
             for layer, lora in layers.items()
             if layer.startswith(f"{component}.")
         }
@@ -92,19 +100,20 @@ def write_peft(folder: Path, layers: Layers, metadata: Mapping[str, str], base: 
         write_atomically(place / PEFT_WEIGHTS, encode(data, metadata))
 
 
-def _module_path(layer: str) -> str:
-    """The path of a layer inside its model; only the first text encoder is flattened."""
+def _module_path(layer: str, family: str) -> str:
+    """The path of a layer inside its model."""
     component, _, path = layer.partition(".")
-    return path.removeprefix("text_model.") if component == "text_encoder" else path
+    flattened = component == "text_encoder" and family in FLATTENED
+    return path.removeprefix("text_model.") if flattened else path
 
 
-def _peft_config(own: Layers, base: str) -> LoraConfig:
+def _peft_config(own: Layers, base: str | None) -> LoraConfig:
     ((rank, alpha),) = {(lora.rank, lora.alpha) for lora in own.values()}
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         target_modules=sorted(own),
-        base_model_name_or_path=base or None,
+        base_model_name_or_path=base,
         inference_mode=True,
     )
 

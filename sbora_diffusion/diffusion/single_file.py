@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbora_diffusion.core.compatibility import check_mergeable
-from sbora_diffusion.core.errors import BaseMismatch, IntegrityError
+from sbora_diffusion.core.errors import BaseMismatch, ConfigError, IntegrityError
 from sbora_diffusion.core.fingerprint import compare, fingerprint
 from sbora_diffusion.core.folded_set import FoldedSet, Weighted
 from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.core.storage import canonical_json
 from sbora_diffusion.diffusion.formats import embedding_files, write_embeddings
 from sbora_diffusion.diffusion.lora_files import load_tensors
-from sbora_diffusion.diffusion.lora_names import numbered_blocks
+from sbora_diffusion.diffusion.lora_names import KOHYA_PREFIXES, numbered_blocks
 from sbora_diffusion.diffusion.merging import RECORD, merge_record
 from sbora_diffusion.diffusion.model_card import card, model_metadata, title_of
 
@@ -89,6 +89,7 @@ def write_single_file(
     Raises:
         FormatError: the base is no `.safetensors` file.
         BaseMismatch: it is not the concepts' base.
+        ConfigError: no such files are known for its family.
         ConflictError: the concepts clash, or the folder exists and is not empty.
         NonFiniteError: a folded weight would not be finite.
         IntegrityError: what was written reads back differently; nothing is left.
@@ -119,6 +120,12 @@ def write_single_file(
 
 def _found(tensors: Mapping[str, Tensor], concepts: Sequence[Weighted]) -> dict[str, Place]:
     layers = sorted({layer for concept, _ in concepts for layer in concept.layers})
+    if not all(map(places, layers)):
+        raise ConfigError(
+            f"checkpoints of one file are known for {', '.join(sorted(KOHYA_PREFIXES))}, not for "
+            f"{concepts[0][0].meta.family}",
+            "give a base in diffusers' layout",
+        )
     found = {layer: place for layer in layers for place in places(layer) if place.key in tensors}
     missing = [layer for layer in layers if layer not in found]
     if missing:

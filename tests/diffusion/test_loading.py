@@ -10,11 +10,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sbora_diffusion
 from sbora_diffusion import load_sbora
-from sbora_diffusion.core.concept import read_concept
+from sbora_diffusion.core.concept import read_concept, write_concept
 from sbora_diffusion.core.concept_set import write_concept_set
 from sbora_diffusion.core.errors import BaseMismatch, ConfigError, ConflictError, FormatError
+from sbora_diffusion.core.tuner import SboraLinear
 from sbora_diffusion.diffusion.merging import Merged
+from sbora_diffusion.diffusion.targets import adaptable
+from sbora_diffusion.diffusion.tokens import ENCODERS, text_encoders
 from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
+from tests.diffusion.lora_examples import concept_for
+from tests.diffusion.thin_families import thin_family
 from tests.diffusion.thin_pocket import thin_pocket
 
 PROMPT = "a photo of <one>"
@@ -164,3 +169,53 @@ def test_importing_the_package_stays_light():
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = sbora_diffusion.nothing
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3"])
+def test_texts_with_placeholders_are_pooled_at_their_end(pocket, family, tmp_path):
+    """Configurations with `eos_token_id == 2` pool at the highest number: the placeholder's."""
+    base = thin_family(family, pocket)
+    write_concept(tmp_path / "mug.safetensors", concept_for(base.pipeline, "mug", family))
+    loaded = load_sbora(base.pipeline, tmp_path / "mug.safetensors")
+    for name, encoder in text_encoders(base.pipeline).items():
+        tokenizer = getattr(base.pipeline, ENCODERS[name])
+        if not hasattr(encoder.config, "projection_dim"):  # T5 pools nothing
+            continue
+        ids = tokenizer(["a <mug> <mug>_1 photo"], padding="max_length", return_tensors="pt")
+        ids, end = ids.input_ids, tokenizer.eos_token_id
+        found = encoder(ids, output_hidden_states=True)
+        inner = getattr(encoder, "text_model", encoder)
+        states = inner.final_layer_norm(found.hidden_states[-1])
+        expected = states[0, ids[0].tolist().index(end)]
+        if hasattr(encoder, "text_projection"):
+            torch.testing.assert_close(found.text_embeds[0], encoder.text_projection(expected))
+        else:
+            torch.testing.assert_close(found.pooler_output[0], expected)
+        assert ids.max() > end
+    loaded.unload()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_every_text_encoder_and_the_denoiser_get_the_concept(pocket, family, tmp_path):
+    base = thin_family(family, pocket)
+    concept = concept_for(base.pipeline, "mug", family)
+    write_concept(tmp_path / "mug.safetensors", concept)
+    before = snapshot_of(base.pipeline)
+    loaded = load_sbora(base.pipeline, tmp_path / "mug.safetensors")
+    adapted = {name for name, _ in adaptable(base.pipeline)}
+    assert {layer.partition(".")[0] for layer in concept.layers} == adapted
+    for name, model in adaptable(base.pipeline):
+        count = sum(isinstance(module, SboraLinear) for module in model.modules())
+        assert count == sum(layer.startswith(f"{name}.") for layer in concept.layers)
+    loaded.unload()
+    after = snapshot_of(base.pipeline)
+    assert before.keys() == after.keys()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+def snapshot_of(pipeline):
+    return {
+        f"{name}.{key}": value.clone()
+        for name, model in adaptable(pipeline)
+        for key, value in model.state_dict().items()
+    }

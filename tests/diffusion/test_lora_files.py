@@ -10,14 +10,15 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from sbora_diffusion.core.concept import sealed
-from sbora_diffusion.core.errors import FormatError, IntegrityError
+from sbora_diffusion.core.errors import ConfigError, FormatError, IntegrityError
 from sbora_diffusion.core.lora import lora_layers
 from sbora_diffusion.core.schema import Concept
 from sbora_diffusion.diffusion import lora_files
 from sbora_diffusion.diffusion.formats import LORA_FILE, write_lora
 from sbora_diffusion.diffusion.lora_files import read_lora
-from sbora_diffusion.diffusion.targets import name_prefix
-from tests.diffusion.lora_examples import PARTS, concept_for, folded, linears, weights_of
+from sbora_diffusion.diffusion.targets import adaptable, name_prefix, target_layers
+from tests.diffusion.lora_examples import concept_for, folded, weights_of
+from tests.diffusion.thin_families import thin_family
 from tests.diffusion.thin_pocket import thin_pocket
 from tests.diffusion.thin_sdxl import thin_sdxl
 
@@ -45,13 +46,18 @@ def loaded(pipeline, folder, name):
     before = weights_of(pipeline)
     pipeline.load_lora_weights(str(folder), weight_name=name)
     try:
-        pipeline.fuse_lora(components=[p for p in PARTS if hasattr(pipeline, p)])
+        pipeline.fuse_lora(components=[part for part, _ in adaptable(pipeline)])
         fused = weights_of(pipeline)
     finally:
         pipeline.unload_lora_weights()
-    for layer, module in linears(pipeline).items():
+    for layer, module in target_layers(pipeline).items():
         module.weight.copy_(before[layer])
     return fused
+
+
+def refuse_difference(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
@@ -61,26 +67,39 @@ def test_stock_diffusers_fuses_the_folded_model_bit_for_bit(stock, pairs, form, 
         folder = tmp_path / str(number)
         write_lora(folder, concepts, form=form)
         (file,) = folder.glob("*.safetensors")
-        fused, expected = loaded(pipeline, folder, file.name), folded(pipeline, concepts)
-        assert fused.keys() == expected.keys()
-        assert [name for name in fused if not torch.equal(fused[name], expected[name])] == []
+        refuse_difference(loaded(pipeline, folder, file.name), folded(pipeline, concepts))
 
 
-def test_peft_loads_each_folder_and_computes_what_the_folded_layers_do(stock, pairs, tmp_path):
+def test_peft_loads_each_folder_and_merges_the_folded_layers_bit_for_bit(stock, pairs, tmp_path):
     _, pipeline = stock
     write_lora(tmp_path / "lora", pairs, form="peft")
-    expected, seen = folded(pipeline, pairs), set()
-    for part in PARTS:
-        if not hasattr(pipeline, part):
-            continue
-        model = copy.deepcopy(getattr(pipeline, part))
-        prefix = name_prefix(part, model)
-        merged = PeftModel.from_pretrained(model, str(tmp_path / "lora" / part)).merge_and_unload()
-        for path, module in merged.named_modules():
-            if prefix + path in expected:
-                assert torch.equal(module.weight, expected[prefix + path]), path
-                seen.add(prefix + path)
-    assert seen == expected.keys()
+    refuse_difference(merged_by_peft(pipeline, tmp_path / "lora"), folded(pipeline, pairs))
+
+
+def merged_by_peft(pipeline, folder):
+    """The attention weights of models into which PEFT merged their folders."""
+    found = {}
+    for part, original in adaptable(pipeline):
+        model, prefix = copy.deepcopy(original), name_prefix(part, original)
+        PeftModel.from_pretrained(model, str(folder / part)).merge_and_unload()
+        for path, module in model.named_modules():
+            if prefix + path in target_layers(pipeline):
+                found[prefix + path] = module.weight
+    return found
+
+
+def test_a_transformer_goes_to_diffusers_and_peft_and_kohya_has_no_names_for_it(pocket, tmp_path):
+    pipeline = thin_family("sd3", pocket).pipeline
+    pairs = [(concept_for(pipeline, "one", "sd3", alpha=2.0), 0.7)]
+    pairs += [(concept_for(pipeline, "two", "sd3", rank=3, slot=2), 0.5)]
+    expected = folded(pipeline, pairs)
+    for form in ("diffusers", "peft"):
+        write_lora(tmp_path / form, pairs, form=form)
+    refuse_difference(loaded(pipeline, tmp_path / "diffusers", LORA_FILE), expected)
+    refuse_difference(merged_by_peft(pipeline, tmp_path / "peft"), expected)
+    with pytest.raises(ConfigError, match="--to diffusers"):
+        write_lora(tmp_path / "kohya", pairs, form="kohya")
+    assert not (tmp_path / "kohya").exists()
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
@@ -110,8 +129,7 @@ def test_concepts_on_different_layers_keep_one_rank_everywhere(stock, pairs, tmp
     concepts = [(first, 0.5), (sealed(Concept(meta, only, second.embeddings)), 1.0)]
     write_lora(tmp_path / "lora", concepts, form="kohya")
     fused = loaded(pipeline, tmp_path / "lora", "one+two.safetensors")
-    expected = folded(pipeline, concepts)
-    assert [name for name in fused if not torch.equal(fused[name], expected[name])] == []
+    refuse_difference(fused, folded(pipeline, concepts))
 
 
 def test_trap_diffusers_own_converter_writes_names_and_alphas_that_are_wrong(pairs, tmp_path):

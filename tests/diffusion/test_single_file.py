@@ -11,14 +11,22 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
-from sbora_diffusion.core.errors import BaseMismatch, ConflictError, FormatError, IntegrityError
+from sbora_diffusion.core.errors import (
+    BaseMismatch,
+    ConfigError,
+    ConflictError,
+    FormatError,
+    IntegrityError,
+)
 from sbora_diffusion.diffusion import single_file
 from sbora_diffusion.diffusion.lora_files import load_tensors
 from sbora_diffusion.diffusion.single_file import write_single_file
+from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.untrained import sd15_unet
 from tests.diffusion.ldm_names import single_file as as_single_file
 from tests.diffusion.ldm_names import unet_name
-from tests.diffusion.lora_examples import concept_for, folded, linears
+from tests.diffusion.lora_examples import concept_for, folded
+from tests.diffusion.thin_families import thin_family
 from tests.diffusion.thin_sdxl import thin_sdxl
 
 
@@ -77,7 +85,7 @@ def test_nothing_else_in_the_file_changes(model, pairs, tmp_path):
     assert before.keys() == after.keys()
     changed = [key for key in before if not torch.equal(before[key], after[key])]
     second = pipeline.text_encoder_2 is not None
-    assert len(changed) == len(linears(pipeline)) - 2 * second  # q, k, v of open_clip are one
+    assert len(changed) == len(target_layers(pipeline)) - 2 * second  # q, k, v of open_clip are one
     assert all("attn" in key for key in changed)
     entries = sum((before[key] != after[key]).sum().item() for key in changed)
     assert entries < 0.5 * sum(before[key].numel() for key in changed)
@@ -149,3 +157,18 @@ def test_the_attention_layers_of_sd15_have_their_published_numbers():
     found = {tuple(name.split(".")[:2]) for name in names if "attn" in name}
     expected = {("input_blocks", n) for n in "124578"} | {("middle_block", "1")}
     assert found == expected | {("output_blocks", str(n)) for n in range(3, 12)}
+
+
+def test_the_text_encoder_of_sd2_is_open_clips():
+    layer = "text_encoder.text_model.encoder.layers.7.self_attn."
+    block = "cond_stage_model.model.transformer.resblocks.7.attn."
+    for third, part in enumerate("qkv"):
+        assert (f"{block}in_proj_weight", third) in single_file.places(f"{layer}{part}_proj")
+    assert (f"{block}out_proj.weight", None) in single_file.places(f"{layer}out_proj")
+
+
+def test_a_transformer_is_refused(model, pocket, tmp_path):
+    _, _, base = model
+    concept = concept_for(thin_family("sd3", pocket).pipeline, "one", "sd3")
+    with pytest.raises(ConfigError, match=r"not for sd3.*diffusers' layout"):
+        write_single_file(tmp_path / "out", base, [(concept, 1.0)])
