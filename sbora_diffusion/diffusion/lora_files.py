@@ -1,7 +1,7 @@
 """LoRAs in the files of other tools: kohya's, diffusers' and PEFT's, written and read."""
 
-import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from sbora_diffusion.core.errors import FormatError, IntegrityError
 from sbora_diffusion.core.lora import LoraLayer
 from sbora_diffusion.core.schema import ConceptMeta
-from sbora_diffusion.core.storage import encode, write_atomically
+from sbora_diffusion.core.storage import encode, strict_json, write_atomically
 from sbora_diffusion.diffusion.lora_names import SUFFIXES, canonical_name, kohya_name
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -130,8 +130,8 @@ def read_lora(path: Path) -> LoraFile:
         layers = {layer: lora for part in parts for layer, lora in part.layers.items()}
         return LoraFile(layers, parts[0].metadata)
     tensors, metadata = load_tensors(_only_file(path))
-    configs = json.loads(metadata.get(_DIFFUSERS_METADATA, "{}"))
-    return LoraFile(_layers(tensors, str(path), _by_component(configs)), metadata)
+    configs = _by_component(metadata.get(_DIFFUSERS_METADATA, "{}"))
+    return LoraFile(_layers(tensors, str(path), configs), metadata)
 
 
 def peft_folders(path: Path) -> list[Path]:
@@ -149,7 +149,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise FormatError(
             f"{folder / PEFT_CONFIG} is no configuration of PEFT: {str(error).splitlines()[0]}",
             _REMEDY,
@@ -224,10 +224,14 @@ def _component(name: str, paths: Iterable[str]) -> str:
     return "unet" if "_blocks." in inside and "mid_block" in inside else "transformer"
 
 
-def _by_component(configs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """diffusers' metadata, `unet.r` and so on, → component → configuration."""
+def _by_component(text: str) -> dict[str, dict[str, Any]]:
+    """diffusers' metadata, JSON with `unet.r` and so on, → component → configuration."""
+    try:
+        said = dict(strict_json(text))
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{_DIFFUSERS_METADATA} is no JSON object: {error}", _REMEDY) from error
     found: dict[str, dict[str, Any]] = {}
-    for key, value in configs.items():
+    for key, value in said.items():
         component, _, name = key.partition(".")
         found.setdefault(component, {})[name] = value
     return found
@@ -247,10 +251,24 @@ def _layers(
             f"{incomplete[:1]}",
             _REMEDY,
         )
+    for name, own in parts.items():
+        _refuse_misfits(name, own)
     return {
         canonical_name(name): LoraLayer(own["down"], own["up"], _scale(name, own, configs))
         for name, own in parts.items()
     }
+
+
+def _refuse_misfits(name: str, own: Mapping[str, Tensor]) -> None:
+    down, up, alpha = own["down"], own["up"], own.get("alpha")
+    numbers = down.is_floating_point() and up.is_floating_point()
+    fitting = min(down.dim(), up.dim()) >= 2 and down.shape[0] == up.shape[1] > 0
+    if not (numbers and fitting) or (alpha is not None and alpha.numel() != 1):
+        raise FormatError(
+            f"the factors of {name[:200]!r} do not fit together: {tuple(down.shape)} and "
+            f"{tuple(up.shape)}",
+            _REMEDY,
+        )
 
 
 def _split(key: str, place: str) -> tuple[str, str]:
@@ -267,7 +285,10 @@ def _scale(name: str, own: Mapping[str, Tensor], configs: Mapping[str, Mapping[s
         return own["alpha"].item() / rank
     component, _, path = name.partition(".")
     config = configs.get(component, {})
-    alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
-    usual: float = config.get("lora_alpha", rank)
-    alpha = alphas.get(get_pattern_key(list(alphas), path), usual)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
+        usual: float = config.get("lora_alpha", rank)
+        alpha = alphas.get(get_pattern_key(list(alphas), path), usual)
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, AttributeError, re.error) as error:
+        raise FormatError(f"alpha of {name[:200]!r} is no number: {error}", _REMEDY) from error

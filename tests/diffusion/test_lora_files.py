@@ -258,6 +258,31 @@ def test_files_without_loras_are_refused(tmp_path):
         read_lora(tmp_path)
 
 
+DOWN, UP = "unet.a.lora_A.weight", "unet.a.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({DOWN: torch.ones(3)}, {}),
+        ({DOWN: torch.ones(3, 4)}, {}),
+        ({DOWN: torch.ones(0, 4), UP: torch.ones(4, 0)}, {}),
+        ({DOWN: torch.ones(2, 4, dtype=torch.int64)}, {}),
+        ({"unet.a.alpha": torch.ones(2)}, {}),
+        ({}, {"lora_adapter_metadata": "{"}),
+        ({}, {"lora_adapter_metadata": "7"}),
+        ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}),
+        ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}),
+        ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 1}}'}),
+    ],
+)
+def test_files_that_make_no_sense_are_refused(tmp_path, change, said):
+    tensors = {DOWN: torch.ones(2, 4), UP: torch.ones(4, 2)} | change
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt", **said})
+    with pytest.raises(FormatError):
+        read_lora(tmp_path / "x.safetensors")
+
+
 def test_alpha_is_read_wherever_it_is_said(tmp_path):
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     factors = {
