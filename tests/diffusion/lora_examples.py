@@ -5,7 +5,7 @@ import torch
 from sbora_diffusion.core.concept import sealed
 from sbora_diffusion.core.folded_set import FoldedSet
 from sbora_diffusion.core.schema import Concept
-from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.targets import adaptable, target_layers
 from sbora_diffusion.diffusion.tokens import text_encoders
 from tests.core.concept_examples import make_concept
 
@@ -33,3 +33,17 @@ def folded(pipeline, concepts):
     found = weights_of(pipeline)
     fold.switch([])
     return found
+
+
+def loaded(pipeline, folder, name):
+    """The attention weights after diffusers loaded and fused a LoRA; the base is restored."""
+    before = weights_of(pipeline)
+    pipeline.load_lora_weights(str(folder), weight_name=name)
+    try:
+        pipeline.fuse_lora(components=[part for part, _ in adaptable(pipeline)])
+        fused = weights_of(pipeline)
+    finally:
+        pipeline.unload_lora_weights()
+    for layer, module in target_layers(pipeline).items():
+        module.weight.copy_(before[layer])
+    return fused

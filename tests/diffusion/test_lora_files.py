@@ -17,7 +17,7 @@ from sbora_diffusion.diffusion import lora_files
 from sbora_diffusion.diffusion.formats import LORA_FILE, write_lora
 from sbora_diffusion.diffusion.lora_files import read_lora
 from sbora_diffusion.diffusion.targets import adaptable, name_prefix, target_layers
-from tests.diffusion.lora_examples import concept_for, folded, weights_of
+from tests.diffusion.lora_examples import concept_for, folded, loaded
 from tests.diffusion.thin_families import thin_family
 from tests.diffusion.thin_pocket import thin_pocket
 from tests.diffusion.thin_sdxl import thin_sdxl
@@ -39,20 +39,6 @@ def pairs(stock):
         (concept_for(pipeline, "one", family, alpha=2.0), 0.7),
         (concept_for(pipeline, "two", family, rank=3, slot=2, alpha=6.0), -0.4),
     ]
-
-
-def loaded(pipeline, folder, name):
-    """The attention weights after diffusers loaded and fused a LoRA; the base is restored."""
-    before = weights_of(pipeline)
-    pipeline.load_lora_weights(str(folder), weight_name=name)
-    try:
-        pipeline.fuse_lora(components=[part for part, _ in adaptable(pipeline)])
-        fused = weights_of(pipeline)
-    finally:
-        pipeline.unload_lora_weights()
-    for layer, module in target_layers(pipeline).items():
-        module.weight.copy_(before[layer])
-    return fused
 
 
 def refuse_difference(found, expected):
