@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.core.errors import ConflictError, FormatError
+from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.outputs import check_writable, make_parent
 
 Line = Mapping[str, Any]
 Key = tuple[Any, ...]
 KEYS = ("preset", "method", "merge", "trial", "seed", "concept")
 """What tells the lines of one record apart; a key that a record does not have counts as None."""
+_DEFAULTS = TrainConfig().model_dump(mode="json")
 
 
 def key_of(line: Line) -> Key:
@@ -77,10 +79,10 @@ class Record:
             ConflictError: there is one, of another setting: other figures would stand beside it.
         """
         found = self._known.get(key_of(about))
-        if found is not None and found["setting"] != about["setting"]:
+        if found is not None and (then := _read_today(found["setting"])) != about["setting"]:
             raise ConflictError(
                 f"{self.folder} has {'/'.join(str(k) for k in key_of(about) if k is not None)} of "
-                f"another setting: {difference(found['setting'], about['setting'])}",
+                f"another setting: {difference(then, about['setting'])}",
                 "give another --out, or move the old record away",
             )
         return found
@@ -96,6 +98,12 @@ class Record:
         with self.file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         self._known[key_of(line)] = line
+
+
+def _read_today(setting: Line) -> Line:
+    """A line's setting, with the defaults of what recipes could not say when it was written."""
+    recipe = setting.get("config")
+    return setting if recipe is None else {**setting, "config": {**_DEFAULTS, **recipe}}
 
 
 def difference(old: Line, new: Line, path: str = "") -> str:

@@ -192,7 +192,7 @@ class TrainingLoop(ABC):
             self._after_step()
             if ema:
                 ema.step(parameters)
-            rate = float(schedule.get_last_lr()[0] / schedule.base_lrs[0])
+            rate = self._rate(step - 1)
             schedule.step()
             state.completed(step)
             self._train_mode(False)

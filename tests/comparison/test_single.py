@@ -118,6 +118,16 @@ def test_a_record_of_another_setting_is_refused(quick, work, preset_file):
         run_single(work(other, methods=["class-word"]))
 
 
+def test_a_line_from_before_a_setting_existed_has_its_default(quick, work):
+    run_single(work(methods=["class-word"], concepts=NAMES[:1]))
+    (file,) = Path("record").glob("*.jsonl")
+    line = json.loads(file.read_text())
+    del line["setting"]["config"]["ema"]
+    file.write_text(json.dumps(line) + "\n")
+    run_single(work(methods=["class-word"], concepts=NAMES[:1]))
+    assert read_lines(Path("record")) == [line]
+
+
 def test_concepts_that_were_trained_otherwise_are_refused(quick, work, preset_file):
     run_single(work(methods=["lora-half"], concepts=NAMES[:1], seeds=[0]))
     other = load_preset(str(preset_file), overrides={"common": {"rate_tokens": 0.5}})
