@@ -4,7 +4,7 @@ An export's documents say which ranks of the LoRA are whose, so the concepts com
 digests they had. Whether the LoRA is still theirs is found out by exporting them again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sbora_diffusion.core.compatibility import check_mergeable
 from sbora_diffusion.core.concept import canonical_document, decode_concept, payload_digest, sealed
 from sbora_diffusion.core.concept_set import ConceptSet
 from sbora_diffusion.core.errors import BaseMismatch, FormatError, IntegrityError
+from sbora_diffusion.core.folded_set import Weighted
 from sbora_diffusion.core.lora import LoraLayer, lora_layers
 from sbora_diffusion.core.schema import FLOATS, Concept, ConceptMeta, LayerFactor, validate_concept
 from sbora_diffusion.core.tuner import SboraConfig
@@ -80,14 +81,14 @@ def import_export(path: Path) -> ConceptSet:
     except (ValidationError, LookupError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise FormatError(f"the documents in {path} are damaged: {reason}", _REMEDY) from error
-    _refuse_other_factors(path, file, concepts)
+    _refuse_other_factors(path, file, _as_exported(concepts, documents))
     check_mergeable([concept for concept, _ in concepts], documents.allow_overlap)
     return ConceptSet(concepts, documents.allow_overlap)
 
 
 def _concepts(
     layers: Mapping[str, LoraLayer], documents: _Documents, vectors: Mapping[str, Tensor]
-) -> list[tuple[Concept, float]]:
+) -> list[Weighted]:
     found, first = [], 0
     for entry in documents.concepts:
         document, names = entry.document, documents.layers[entry.layers]
@@ -123,9 +124,16 @@ def _readopted(tensors: dict[str, Tensor], document: dict[str, Any]) -> Concept:
     return decode_concept(tensors, {**document, "digest": payload_digest(tensors, document)})
 
 
-def _refuse_other_factors(
-    path: Path, file: LoraFile, concepts: tuple[tuple[Concept, float], ...]
-) -> None:
+def _as_exported(concepts: Iterable[Weighted], documents: _Documents) -> list[Weighted]:
+    """The concepts with the digests that they had, which gave their ranks an order."""
+    found = []
+    for (concept, weight), entry in zip(concepts, documents.concepts, strict=True):
+        meta = concept.meta.model_copy(update={"digest": entry.document["digest"]})
+        found.append((Concept(meta, concept.layers, concept.embeddings), weight))
+    return found
+
+
+def _refuse_other_factors(path: Path, file: LoraFile, concepts: list[Weighted]) -> None:
     """Raise IntegrityError unless the concepts, exported again, give these factors."""
     unit = all(lora.scale == 1.0 for lora in file.layers.values())
     expected = lora_layers(concepts, unit_scale=unit)

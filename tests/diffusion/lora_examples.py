@@ -15,8 +15,9 @@ def concept_for(pipeline, name, family, **changes):
     weights = {layer: module.weight for layer, module in target_layers(pipeline).items()}
     shapes = {layer: tuple(weight.shape) for layer, weight in weights.items()}
     made = make_concept(name, shapes=shapes, base=weights, family=family, base_name="", **changes)
+    generator = torch.Generator().manual_seed(sum(name.encode()))
     embeddings = {
-        f"{part}.<{name}>": torch.randn(2, encoder.config.hidden_size)
+        f"{part}.<{name}>": torch.randn(2, encoder.config.hidden_size, generator=generator)
         for part, encoder in text_encoders(pipeline).items()
     }
     return sealed(Concept(made.meta, made.layers, embeddings))

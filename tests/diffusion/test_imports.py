@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sbora_diffusion.core.concept import read_concept, sealed, write_concept
 from sbora_diffusion.core.concept_set import rounded_concept
 from sbora_diffusion.core.errors import BaseMismatch, FormatError, IntegrityError
+from sbora_diffusion.core.renaming import renamed
 from sbora_diffusion.core.tuner import SboraConfig
 from sbora_diffusion.diffusion.formats import write_lora
 from sbora_diffusion.diffusion.imports import import_adapter, import_export, is_adapter
@@ -64,12 +65,26 @@ def test_a_concept_that_is_stored_in_half_precision_comes_back_in_it(pairs, tmp_
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_export_in_half_precision_gives_rounded_concepts(pairs, form, tmp_path):
-    write_lora(tmp_path / "lora", pairs, form=form, dtype=torch.bfloat16)
-    for concept, weight in import_export(tmp_path / "lora").concepts:
+    """Their digests, and so their order, differ from those of the exported ones."""
+    orders = set()
+    for number in range(4):
+        one = renamed(pairs[0][0], {}, f"one{number}")
+        orders.add(rounded_in_half(tmp_path / f"{number}", [(one, 0.7), pairs[1]], form))
+    assert False in orders
+
+
+def rounded_in_half(folder, pairs, form):
+    """Export and import in bf16; whether the concepts kept their order."""
+    write_lora(folder, pairs, form=form, dtype=torch.bfloat16)
+    found = import_export(folder).concepts
+    for concept, weight in found:
         (original, expected) = next(p for p in pairs if p[0].meta.name == concept.meta.name)
         assert weight == expected and concept.meta.digest != original.meta.digest
         for layer, stored in original.layers.items():
             assert torch.equal(concept.layers[layer].factor, stored.factor.bfloat16())
+    names = [concept.meta.name for concept, _ in sorted(pairs, key=lambda p: p[0].meta.digest)]
+    resealed = sorted(found, key=lambda p: p[0].meta.digest)
+    return names == [concept.meta.name for concept, _ in resealed]
 
 
 def test_a_changed_lora_is_not_taken_for_the_concepts(pairs, tmp_path):
