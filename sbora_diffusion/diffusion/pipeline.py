@@ -19,7 +19,7 @@ StepCallback = Callable[[int, int], None]
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.0
 AT_ONCE = 4
 """Pictures in a batch of `draw`."""
-ENCODED = 8 * 512 * 512
+ENCODED = 2 * 512 * 512
 """Pixels that the autoencoder reads at once."""
 
 
