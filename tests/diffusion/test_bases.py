@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.loaders import FromSingleFileMixin
 from safetensors.torch import save_file
 
 from sbora_diffusion.core.concept import read_concept
@@ -63,6 +64,53 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         assert "cannot be read as a checkpoint" in refusal(
             tmp_path / f"{name}.safetensors", FormatError
         )
+
+
+V2 = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+FILES = {
+    "StableDiffusionPipeline": {"weight": (3,)},
+    "StableDiffusionPipeline of 2": {V2: (320, 1024)},
+    "StableDiffusionXLPipeline": {XL: (1280,)},
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_checkpoint_is_read_by_the_pipeline_of_its_family(pocket, tmp_path, monkeypatch, kind):
+    asked = []
+
+    def read(cls, *args, **options):
+        asked.append((cls.__name__, options.get("config")))
+        return pocket.pipeline
+
+    monkeypatch.setattr(FromSingleFileMixin, "from_single_file", classmethod(read))
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in FILES[kind].items()}, file)
+    load_base(str(file), "cpu")
+    assert asked == [(kind.partition(" ")[0], None)]
+
+
+def test_a_folder_beside_a_checkpoint_gives_its_configurations(pocket, tmp_path, monkeypatch):
+    asked = []
+
+    def read(cls, *args, **options):
+        asked.append((cls.__name__, options["config"], options["local_files_only"]))
+        return pocket.pipeline
+
+    monkeypatch.setattr(FromSingleFileMixin, "from_single_file", classmethod(read))
+    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
+    (tmp_path / "model").mkdir()
+    index = {"_class_name": "StableDiffusion3Pipeline"}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    load_base(str(tmp_path / "model.safetensors"), "cpu")
+    assert asked == [("StableDiffusion3Pipeline", str(tmp_path / "model"), True)]
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({key: torch.zeros(320, 9, 3, 3)}, tmp_path / "inpainting.safetensors")
+    message = refusal(tmp_path / "inpainting.safetensors", FormatError)
+    assert "a checkpoint of another kind: inpainting; known families: pocket, sd1" in message
 
 
 def test_a_device_that_is_not_there_is_refused():
