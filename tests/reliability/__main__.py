@@ -1,10 +1,11 @@
 """The full forms, and a table of what they counted: `python -m tests.reliability`.
 
-Further arguments are pytest's, `-k` for a part of them; `--record` keeps the figures in
-`results/reliability.json`. A test counts by `record_property("<number> <what>", <figure>)`; figures
-of one name add up.
+`--record` keeps the figures in `results/reliability.json`; where this is no checkout, `--commit`
+says of which. Further arguments are pytest's, `-k` for a part of them. A test counts by
+`record_property("<number> <what>", <figure>)`; figures of one name add up.
 """
 
+import argparse
 import sys
 import time
 from collections import Counter
@@ -80,15 +81,18 @@ def _place(line: tuple[int, str, Any]) -> tuple[int, str]:
 
 def main() -> int:
     """Run everything; the exit status is pytest's."""
-    figures, began, recorded = Figures(), time.monotonic(), "--record" in sys.argv
-    commit = commit_here() if recorded else ""
-    options = [option for option in sys.argv[1:] if option != "--record"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--commit", default=None)
+    known, options = parser.parse_known_args()
+    commit = (known.commit or commit_here()) if known.record else ""
+    figures, began = Figures(), time.monotonic()
     tests = ["tests/reliability", *(test for tests in ELSEWHERE.values() for test in tests)]
     status = pytest.main(["-m", "not slow", *tests, *options], plugins=[figures])
     lines = figures.lines()
     print("\ntest      figure  what")
     print("\n".join(lines))
-    if recorded:
+    if known.record:
         command = " ".join(["python -m tests.reliability", *sys.argv[1:]])
         found = {**Counter(figures.ended.values()), "lines": lines}
         name = " ".join(["full forms", *options])

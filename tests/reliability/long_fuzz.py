@@ -57,8 +57,10 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--keep", type=Path, help="folder for files that fail", default=None)
+    parser.add_argument("--commit", help="where this is no checkout", default=None)
     options = parser.parse_args()
-    name, commit, command = f"fuzz, seed {options.seed}", commit_here(), " ".join(sys.argv[1:])
+    name, commit = f"fuzz, seed {options.seed}", options.commit or commit_here()
+    command = " ".join(sys.argv[1:])
     figures, before = begun(options.record, name, commit)
     began, done = time.monotonic(), figures.files - figures.corpus
     for part in chunks(options.count, options.seed, done, options.processes, options.keep):
