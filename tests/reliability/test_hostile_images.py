@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from PIL import Image
 
 from sbora_diffusion.core.errors import DataError
 from sbora_diffusion.diffusion.dataset import open_image
+from tests.reliability.fuzz import peak_megabytes
 
 ROOT = Path(__file__).parents[2]
 FIRST, REFUSED_MB, BYTES_A_PIXEL = 0x112, 16, 24
@@ -75,7 +75,7 @@ def measured(cases: Iterator[tuple[str, bytes]], folder: Path) -> Iterator[dict]
     reset = os.open("/proc/self/clear_refs", os.O_WRONLY)
 
     def most() -> float:
-        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        found = peak_megabytes()
         os.write(reset, b"5")
         return found
 

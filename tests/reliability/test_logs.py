@@ -29,7 +29,7 @@ COMMANDS = {
     "generate": ("generate", "a <bear>", "--concept", "b.safetensors", "--steps", 1),
     "inspect": ("inspect", "b.safetensors", "--json"),
     "library": ("library", "show", "bear"),
-    "merge": ("merge", "b.safetensors", "-o", "model"),
+    "merge": ("merge", "b.safetensors", "-o", "model", "--base", "pocket"),
     "no such file": ("merge", "c.safetensors", "-o", "other"),
     "no subject": ("train", "nowhere"),
 }
