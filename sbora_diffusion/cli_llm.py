@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbora_diffusion.cli_llm_count import count
+from sbora_diffusion.cli_llm_eval import evaluate
+from sbora_diffusion.cli_llm_merge import export, merge
 from sbora_diffusion.console import (
     ConfigOption,
     Console,
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from sbora_diffusion.core.llm.training import Done
 
 llm_app = typer.Typer(rich_markup_mode=None)
-llm_app.command()(count)
+llm_app.command("eval")(evaluate)
+for command in (merge, export, count):
+    llm_app.command()(command)
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder or a hub id of a causal model")]
 PresetOption = Annotated[

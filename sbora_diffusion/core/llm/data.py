@@ -18,7 +18,7 @@ class Example:
     """One instruction and its answer.
 
     Attributes:
-        output: what a model learns to say.
+        output: what a model learns to say; may be empty in a test set.
         answer: what counts as right in a test; empty where the data does not name it.
     """
 
@@ -78,7 +78,7 @@ def _example(item: Any, place: str) -> Example:
                 example = read(item)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise DataError(f"{place} cannot be read: {error}", _REMEDY) from error
-            if not example.instruction or not example.output:
+            if not example.instruction or not (example.output or example.answer):
                 raise DataError(f"{place} has an empty instruction or output", _REMEDY)
             return example
     names = sorted(item) if isinstance(item, dict) else type(item).__name__

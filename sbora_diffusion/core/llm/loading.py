@@ -1,13 +1,13 @@
 """Base models and tokenizers from folders or the hub, in full precision, 16 bits or NF4."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sbora_diffusion.core.errors import BaseMismatch, ConfigError
+from sbora_diffusion.core.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -25,7 +25,7 @@ def load_model(
         reference: a folder or a hub id.
         dtype: of the weights; under NF4 of the products.
         quantize: "none" or "nf4" (bitsandbytes; QLoRA, arXiv 2305.14314).
-        device: where it lies; the CPU without one, and under NF4 where it is quantized.
+        device: where it lies; without one the CPU, under NF4 this process's device.
 
     Raises:
         ConfigError: there is no such model, or bitsandbytes is missing.
@@ -33,7 +33,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if quantize == "nf4":
         options["quantization_config"] = _nf4(dtype, double_quant)
-        options["device_map"] = {"": device or "cpu"}
+        options["device_map"] = {"": device or own_device()}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(reference, **options)
     except ImportError as error:
@@ -47,6 +47,11 @@ def load_model(
         model.to(device)
     model.config.use_cache = False  # with a cache, packed examples would see each other
     return model.eval()
+
+
+def own_device() -> str:
+    """The GPU of this process, of all that `accelerate launch` started; the CPU without any."""
+    return str(PartialState().device)
 
 
 def load_tokenizer(reference: str) -> Any:
@@ -72,50 +77,6 @@ def make_quantized_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def check_fits(adapter: Path, model: nn.Module) -> None:
-    """Refuse an adapter whose layers the model does not have, or has in other sizes.
-
-    Raises:
-        ConfigError: the folder holds no adapter.
-        BaseMismatch: names the first layer that does not fit.
-    """
-    from safetensors import safe_open
-
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ConfigError(f"{adapter} holds no adapter", "give what `sbora llm train` wrote")
-    modules = dict(model.named_modules())
-    with safe_open(file, "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-            layer = _layer_of(key)
-            if layer is None:
-                continue
-            sizes = tuple(tensors.get_slice(key).get_shape())
-            if layer not in modules or not _has_sizes(modules[layer], key, sizes):
-                raise BaseMismatch(
-                    f"{adapter} was trained on another model: {layer} does not fit {sizes}",
-                    "give the base that it was trained on",
-                )
-
-
-def _layer_of(key: str) -> str | None:
-    """The adapted layer of a factor's key; None for what is no factor of a linear layer."""
-    name = key.removeprefix("base_model.model.")
-    for part in (".sbora_factor", ".lora_A", ".lora_B"):
-        if part in name:
-            return name.partition(part)[0]
-    return None
-
-
-def _has_sizes(module: nn.Module, key: str, sizes: tuple[int, ...]) -> bool:
-    inputs, outputs = getattr(module, "in_features", 0), getattr(module, "out_features", 0)
-    if "lora_A" in key:
-        return sizes[-1] == inputs
-    if "lora_B" in key:
-        return sizes[0] == outputs
-    return sizes[0] == outputs or sizes[-1] == inputs
 
 
 def _nf4(dtype: str, double_quant: bool) -> BitsAndBytesConfig:

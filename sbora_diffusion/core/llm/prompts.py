@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,19 @@ TEMPLATES: dict[str, str] = {
     "llm-adapters": _LLM_ADAPTERS + _INDENT,
     "plain": "{0}\n",
 }
+
+
+def check_template(name: str) -> Template:
+    """A template's name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    for known in get_args(Template):
+        if name == known:
+            return known
+    raise ConfigError(f"no template {name!r}", f"known are {', '.join(get_args(Template))}")
+
 
 Row = dict[str, list[int]]
 """input_ids and labels of one example; position_ids too where a row packs several."""
@@ -62,7 +75,14 @@ class Encoder:
         return self.tokenizer(self.prompt(instruction), add_special_tokens=special)["input_ids"]
 
     def row(self, example: Example) -> Row:
-        """Prompt, answer and end; cut off at `max_length`."""
+        """Prompt, answer and end; cut off at `max_length`.
+
+        Raises:
+            DataError: the example has no output.
+        """
+        if not example.output:
+            told = f"{example.instruction[:60]!r} has no output to learn"
+            raise DataError(told, "give a training set, not a test set")
         prompt = self.prompt_ids(example.instruction)
         answer = self._answer_ids(example)
         ids = [*prompt, *answer][: self.max_length]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from sbora_diffusion import cli
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.core.llm import resuming
+from sbora_diffusion.core.llm.adapters import check_fits, read_adapter
 from sbora_diffusion.core.llm.config import LlmConfig, preset_names, read_preset
-from sbora_diffusion.core.llm.loading import check_fits
 from sbora_diffusion.core.llm.prompts import Encoder, packed
 from sbora_diffusion.core.llm.training import train
 from sbora_diffusion.core.manifest import seal_folder
@@ -201,9 +201,9 @@ def test_adapters_load_in_a_fresh_process_after_one_import(tmp_path, base, data,
         expected = model(torch.arange(1, 9)[None]).logits
     assert torch.equal(torch.load(file), expected)
     assert not torch.equal(tiny_llama()(torch.arange(1, 9)[None]).logits, expected)
-    check_fits(out, tiny_llama())
+    check_fits(read_adapter(out), tiny_llama())
     with pytest.raises(Exception, match="was trained on another model"):
-        check_fits(out, tiny_llama(width=128))
+        check_fits(read_adapter(out), tiny_llama(width=128))
     assert set(load_file(out / "adapter_model.safetensors")) and (out / "sbora.json").is_file()
 
 
