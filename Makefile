@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-reliability check audit clean
+.PHONY: demo test test-reliability test-ui check audit clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sbora demo --out outputs/demo
@@ -14,6 +14,10 @@ test: $(VENV)/.ready-dev
 
 test-reliability: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability
+
+test-ui: $(VENV)/.ready-ui
+	@$(BIN)/python -m tests.ui.browser
+	$(BIN)/python -m pytest tests/ui -m ui
 
 check: $(VENV)/.ready-dev audit
 	$(BIN)/ruff check .
@@ -33,6 +37,10 @@ $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) -e '.[ui,eval,lite2,kid,opt,dev]'
+	touch $@
+
+$(VENV)/.ready-ui: $(VENV)/.ready-dev
+	$(PIP) -e '.[ui-test]'
 	touch $@
 
 clean:

@@ -2,8 +2,8 @@
 
 import sys
 
+from sbora_diffusion.app.server import main
 from sbora_diffusion.core.errors import SboraError
-from sbora_diffusion.webui import main
 
 if __name__ == "__main__":
     try:

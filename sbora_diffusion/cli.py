@@ -29,7 +29,6 @@ from sbora_diffusion.console import (
     LibraryOption,
     SetOption,
     open_base,
-    quiet_libraries,
     read_settings,
     run,
 )
@@ -168,18 +167,23 @@ def demo(
 def serve(
     listen: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 7860,
-    auth: Annotated[str | None, typer.Option(metavar="NAME:PASSWORD")] = None,
+    auth: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:PASSWORD",
+            help="Who may log in; may be repeated, each person then has a library of their own",
+        ),
+    ] = None,
     library: LibraryOption = None,
 ) -> None:
-    """Open the page to draw with concepts in a browser."""
-    quiet_libraries()
+    """Open the app in a browser: draw, make concepts, train, merge, judge, export."""
     try:
-        from sbora_diffusion import webui
+        from sbora_diffusion.app import server
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise ConfigError("the app needs gradio", "pip install 'sbora-diffusion[ui]'") from error
-    webui.main(listen, port, auth, library)
+    server.main(listen, port, auth or [], library)
 
 
 def _output(output: Path | None, subjects: list["Subject"]) -> Path:

@@ -1,6 +1,5 @@
 """`sbora generate`."""
 
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,31 +139,24 @@ def _warn_of_prompt(console: Console, pipeline: "ConceptPipeline", prompt: str) 
 
 
 def _boxes(regions: list[str], auto: bool) -> dict[str, "Box"]:
-    from sbora_diffusion.diffusion.regions import parse_region
+    from sbora_diffusion.diffusion.regions import parse_regions
 
     if regions and auto:
         raise ConfigError("--region and --auto-regions exclude each other", "give one of them")
-    boxes: dict[str, Box] = {}
-    for name, box in map(parse_region, regions):
-        if name in boxes:
-            raise ConfigError(f"concept {name!r} has two regions", "give it one")
-        boxes[name] = box
-    return boxes
+    return parse_regions(regions)
 
 
 def _sampler(
     pipeline: "ConceptPipeline", boxes: dict[str, "Box"], auto: bool
 ) -> tuple[Any, dict[str, Any]]:
     """How to draw, None for the usual way, and what the pictures note of it."""
-    from sbora_diffusion.diffusion.regions import Regions
+    from sbora_diffusion.diffusion.regions import region_sampler
 
-    if boxes:
-        return Regions(pipeline, boxes), {"regions": {n: astuple(b) for n, b in boxes.items()}}
-    if not auto:
+    if not boxes and not auto:
         return None, {}
-    if not pipeline.concepts:
+    if auto and not pipeline.concepts:
         raise ConfigError("--auto-regions needs a concept", "name one in the prompt")
-    return Regions(pipeline), {"regions": "auto"}
+    return region_sampler(pipeline, boxes)
 
 
 def _save(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 UsageError: Any = typer.BadParameter.__base__
 
 OK, FAULT, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+PROGRESS_FILE = "SBORA_PROGRESS"
+"""Names the environment variable with a file that gets a line of JSON at each report."""
 
 
 class Dtype(StrEnum):
@@ -109,7 +112,10 @@ class Console:
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[..., None]]:
-        """A bar with the time left, on a terminal; gives (done, total, note="") → None."""
+        """A bar with the time left, on a terminal; gives (done, total, note="") → None.
+
+        Whoever started this process may read along, see `PROGRESS_FILE`.
+        """
         from rich import console, progress
 
         columns = (
@@ -126,8 +132,16 @@ class Console:
 
             def report(done: int, total: int, note: str = "") -> None:
                 bar.update(task, completed=done, total=total, note=note)
+                _log_progress(what, done, total, note)
 
             yield report
+
+
+def _log_progress(what: str, done: int, total: int, note: str) -> None:
+    if file := os.environ.get(PROGRESS_FILE):
+        line = {"what": what, "done": done, "total": total, "note": note, "time": time.time()}
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def quiet_libraries(names: Sequence[str] = ("diffusers", "transformers")) -> None:

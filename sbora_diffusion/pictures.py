@@ -5,21 +5,23 @@ import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
 
 from sbora_diffusion import __version__
-from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.storage import canonical_json, write_atomically
-from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.outputs import make_parent
+
+if TYPE_CHECKING:  # whoever only reads pictures does without diffusers
+    from sbora_diffusion.core.concept import Concept
+    from sbora_diffusion.diffusion.bases import Base
 
 
 def picture_parameters(
-    base: Base,
+    base: "Base",
     prompt: str,
-    concepts: Sequence[tuple[Concept, float]],
+    concepts: "Sequence[tuple[Concept, float]]",
     *,
     seed: int,
     steps: int,
@@ -60,13 +62,22 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None
     write_atomically(path, buffer.getvalue())
 
 
-def read_prompt(path: Path) -> str | None:
-    """The prompt that `save_png` noted in a picture; None if there is none that can be read."""
+def read_parameters(path: Path) -> dict[str, Any]:
+    """What `save_png` noted in a picture; empty if there is nothing that can be read."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            prompt = json.loads(image.info["sbora"])["prompt"]
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError):
-        return None
+            found = json.loads(image.info["sbora"])
+    except (
+        OSError, SyntaxError, ValueError, LookupError, TypeError, RecursionError,
+        Image.DecompressionBombError,
+    ):  # fmt: skip
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_prompt(path: Path) -> str | None:
+    """The prompt that `save_png` noted in a picture; None if there is none that can be read."""
+    prompt = read_parameters(path).get("prompt")
     return prompt if isinstance(prompt, str) else None
 
 
@@ -86,7 +97,7 @@ def readable_parameters(parameters: dict[str, Any], size: tuple[int, int]) -> st
     return "\n".join([*lines, ", ".join(pairs)])
 
 
-def words_cut_off(base: Base, prompt: str) -> str:
+def words_cut_off(base: "Base", prompt: str) -> str:
     """The end of a prompt that does not fit into the text encoder, "" if all of it does."""
     pipeline, words = base.pipeline, prompt.split()
     limit = pipeline.tokenizer.model_max_length - 2  # begin and end of text

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,20 @@ def parse_region(text: str) -> tuple[str, Box]:
             f"a region must be NAME=x0,y0,x1,y1, got {text!r}", "e.g. fox=0,0,0.5,1"
         ) from None
     return name, Box(x0, y0, x1, y1)
+
+
+def parse_regions(texts: Iterable[str]) -> dict[str, Box]:
+    """Concept's name → its box, of texts that `parse_region` reads.
+
+    Raises:
+        ConfigError: one concept has two, or see `parse_region`.
+    """
+    boxes: dict[str, Box] = {}
+    for name, box in map(parse_region, texts):
+        if name in boxes:
+            raise ConfigError(f"concept {name!r} has two regions", "give it one")
+        boxes[name] = box
+    return boxes
 
 
 def box_masks(boxes: Sequence[Box], height: int, width: int) -> Tensor:
@@ -182,6 +197,15 @@ class Regions:
         if guided:
             encoded["negative_prompt_embeds"] = torch.cat([other for _, other in streams], 1)
         return encoded
+
+
+def region_sampler(
+    pipeline: ConceptPipeline, boxes: Mapping[str, Box]
+) -> tuple[Regions, dict[str, Any]]:
+    """A sampler for these boxes, for derived ones if there are none, and what its pictures note."""
+    if not boxes:
+        return Regions(pipeline), {"regions": "auto"}
+    return Regions(pipeline, boxes), {"regions": {n: astuple(b) for n, b in boxes.items()}}
 
 
 def _nouns(concepts: Iterable[Concept]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The app, asked through its HTTP interface by gradio's own client."""
 
+import asyncio
 import re
 import shutil
 import socket
@@ -17,13 +18,14 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from sbora_diffusion.app.drawing import Engine, Gate, Request, Stopped, Studio
+from sbora_diffusion.app.server import main
+from sbora_diffusion.app.workspace import Handout, Workspaces
 from sbora_diffusion.core.concept import read_concept, write_concept
 from sbora_diffusion.core.concept_set import read_concept_set, write_concept_set
 from sbora_diffusion.core.errors import ConfigError, ConflictError, ResourceError
 from sbora_diffusion.jobs import add_to_library
 from sbora_diffusion.library import Library
-from sbora_diffusion.studio import Request, Stopped, Studio
-from sbora_diffusion.webui import main
 
 PROMPT = "a photo of <plushbear> next to <baseballcap> on the beach"
 BOTH = {"plushbear": 1.0, "baseballcap": 1.0}
@@ -33,6 +35,10 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def studio_of(library, examples):
+    return Studio(Workspaces(library, examples).of(None), Engine(), Handout())
 
 
 def with_other_name(source, path, name):
@@ -76,10 +82,12 @@ def draw(served):
     """Pictures as arrays, the line of parameters, and the command."""
     client = Client(served.url, verbose=False)
 
-    def ask(prompt=PROMPT, selection=None, seed=7, num=1, steps=2, guidance=4, negative=""):
+    def ask(
+        prompt=PROMPT, selection=None, seed=7, num=1, steps=2, guidance=4, negative="", regions=""
+    ):
         chosen = BOTH if selection is None else selection
         gallery, used, command = client.predict(
-            prompt, chosen, seed, num, steps, guidance, negative, api_name="/generate"
+            prompt, chosen, seed, num, steps, guidance, negative, regions, api_name="/generate"
         )
         files = [item["image"] for item in gallery]
         return SimpleNamespace(
@@ -105,7 +113,7 @@ def test_the_names_of_the_interface_are_stable(served):
     assert set(endpoints) == {"/generate", "/stop"}
     parameters = [entry["parameter_name"] for entry in endpoints["/generate"]["parameters"]]
     assert parameters == [
-        "prompt", "selection", "seed", "num", "steps", "guidance", "negative_prompt",
+        "prompt", "selection", "seed", "num", "steps", "guidance", "negative_prompt", "regions",
     ]  # fmt: skip
 
 
@@ -170,8 +178,41 @@ def test_a_wrong_request_gives_one_readable_line_and_the_next_one_works(draw, ch
     assert len(draw().pixels) == 1
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "\U0001f9f8 \U0001f468\u200d\U0001f469",
+        "\u05d3\u05d5\u05d1 \u202e<plushbear>\u202c",
+        "a\0b <plushbear>\0",
+        "<plushbear> " * 80,
+        "a photo of <nobody>",
+        "<plushbear <<plushbear>>",
+        "<script>alert(1)</script>",
+    ],
+    ids=ascii,
+)
+def test_prompts_that_nobody_expects_are_drawn(draw, prompt):
+    assert len(draw(prompt, steps=1).pixels) == 1
+
+
+def test_a_prompt_of_a_megabyte_is_one_clear_line(draw):
+    with pytest.raises(AppError, match="longer than 1000 characters"):
+        draw("bear " * 200_000)
+
+
+def test_after_full_memory_the_next_request_succeeds(served, draw, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sbora_diffusion.diffusion.pipeline.ConceptPipeline.generate", full)
+        with pytest.raises(AppError, match="Not enough memory"):
+            draw()
+    assert len(draw().pixels) == 1
+
+
 def test_a_prompt_without_a_token_only_warns(served):
-    studio = Studio(served.library.path, served.examples)
+    studio = studio_of(served.library.path, served.examples)
     asked = Request("a photo of <plushbear>", BOTH, seed=3, steps=1)
     outcome = studio.draw(asked, lambda done, total: None, threading.Event())
     assert len(outcome.files) == 1
@@ -179,7 +220,7 @@ def test_a_prompt_without_a_token_only_warns(served):
 
 
 def test_a_prompt_with_the_token_of_a_concept_that_is_off_warns(served):
-    studio = Studio(served.library.path, served.examples)
+    studio = studio_of(served.library.path, served.examples)
     asked = Request("a photo of <plushbear>", {}, seed=3, steps=1)
     outcome = studio.draw(asked, lambda done, total: None, threading.Event())
     assert [line for line in outcome.warnings if "plushbear is off" in line] == outcome.warnings
@@ -187,7 +228,7 @@ def test_a_prompt_with_the_token_of_a_concept_that_is_off_warns(served):
 
 
 def test_a_token_of_a_concept_that_is_off_is_found_in_whatever_case(served):
-    studio = Studio(served.library.path, served.examples)
+    studio = studio_of(served.library.path, served.examples)
 
     def warnings(prompt, concepts):
         asked = Request(prompt, concepts, seed=3, steps=1)
@@ -200,11 +241,12 @@ def test_a_token_of_a_concept_that_is_off_is_found_in_whatever_case(served):
 
 
 def test_what_stays_chosen_stays_attached_and_what_goes_leaves_no_trace(served):
-    studio = Studio(served.library.path, served.examples)
+    studio = studio_of(served.library.path, served.examples)
 
     def attached(concepts):
         studio.draw(Request("a photo", concepts, seed=3, steps=1), lambda *_: None, event)
-        return dict(studio.load().concepts)
+        with studio.engine.pipeline() as pipeline:
+            return dict(pipeline.concepts)
 
     event = threading.Event()
     both = attached(BOTH)
@@ -231,8 +273,11 @@ def test_each_concept_of_a_set_in_the_library_can_be_chosen_by_itself(
     library = Library(tmp_path / "my library.sqlite3")
     members = [concept for concept, _ in read_concept_set(concept_set).concepts]
     add_to_library(concept_set, members, pocket, library)
-    studio, alone = Studio(library.path, tmp_path), Studio(served.library.path, served.examples)
-    cards, problems = studio.cards()
+    studio, alone = (
+        studio_of(library.path, tmp_path),
+        studio_of(served.library.path, served.examples),
+    )
+    cards, problems = studio.workspace.cards()
     assert problems == [] and sorted(card.key for card in cards) == sorted(BOTH)
     assert {card.name: card.thumbnail for card in cards} == {
         "baseballcap": None, "plushbear": concept_set.parent / "plushbear.png",
@@ -248,14 +293,18 @@ def test_each_concept_of_a_set_in_the_library_can_be_chosen_by_itself(
 
 
 def test_a_set_among_the_examples_says_how_to_use_it(concept_set, tmp_path):
-    cards, problems = Studio(tmp_path / "none.sqlite3", concept_set.parent).cards()
+    cards, problems = studio_of(tmp_path / "none.sqlite3", concept_set.parent).workspace.cards()
     assert cards == []
     (problem,) = problems
     assert f"{concept_set} holds several concepts" in problem and "sbora library add" in problem
 
 
 def test_a_stopped_request_ends_at_the_next_step(served):
-    studio, stop, done_steps = Studio(served.library.path, served.examples), threading.Event(), []
+    studio, stop, done_steps = (
+        studio_of(served.library.path, served.examples),
+        threading.Event(),
+        [],
+    )
 
     def on_step(done, total):
         done_steps.append(done)
@@ -267,17 +316,68 @@ def test_a_stopped_request_ends_at_the_next_step(served):
 
 
 def test_a_damaged_file_and_an_empty_folder_leave_a_usable_page(served, tmp_path):
-    cards, problems = Studio(served.library.path, served.examples).cards()
+    cards, problems = studio_of(served.library.path, served.examples).workspace.cards()
     assert [card.key for card in cards] == ["baseballcap", "plushbear", "twin"]
     assert [problem for problem in problems if "damaged.safetensors" in problem] == problems != []
-    assert Studio(tmp_path / "none.sqlite3", tmp_path / "missing").cards() == ([], [])
+    assert studio_of(tmp_path / "none.sqlite3", tmp_path / "missing").workspace.cards() == ([], [])
 
 
 def test_listening_beyond_this_machine_needs_a_login(tmp_path):
     with pytest.raises(ConfigError, match="without a login"):
         main(listen="0.0.0.0", library=tmp_path / "library.sqlite3")
     with pytest.raises(ConfigError, match="NAME:PASSWORD"):
-        main(auth="ada:", library=tmp_path / "library.sqlite3")
+        main(auth=["ada:"], library=tmp_path / "library.sqlite3")
+
+
+def test_who_logs_in_sees_the_page_and_others_see_nothing(tmp_path):
+    port = free_port()
+    page = main(
+        port=port, auth=["ada:one", "bob:two"], library=tmp_path / "library.sqlite3", block=False
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        assert httpx.get(f"{url}/config").status_code == 401
+        assert httpx.get(f"{url}/gradio_api/file={tmp_path}").status_code == 401
+        with httpx.Client() as bob:
+            wrong = bob.post(f"{url}/login", data={"username": "bob", "password": "one"})
+            assert wrong.status_code == 400
+            bob.post(f"{url}/login", data={"username": "bob", "password": "two"})
+            assert bob.get(f"{url}/config").status_code == 200
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize("where", ["library.sqlite3", "examples/plushbear.safetensors", "../.."])
+def test_no_file_of_this_machine_can_be_fetched(served, where):
+    for place in (served.library.path.parent / where, "/etc/passwd", "//etc/passwd"):
+        answer = httpx.get(f"{served.url}/gradio_api/file={place}")
+        assert answer.status_code == 403
+
+
+def test_a_full_gate_says_at_once_that_it_is_busy_and_lets_others_in_afterwards():
+    async def three() -> list[str]:
+        gate, release = Gate(waiting=1), asyncio.Event()
+
+        async def draw() -> str:
+            try:
+                async with gate.turn():
+                    await release.wait()
+                    return "drawn"
+            except ResourceError as error:
+                return str(error)
+
+        first, second = asyncio.create_task(draw()), asyncio.create_task(draw())
+        await asyncio.sleep(0)
+        busy = await draw()
+        second.cancel()  # somebody who does not wait any longer makes room
+        await asyncio.sleep(0)
+        third = asyncio.create_task(draw())
+        await asyncio.sleep(0)
+        release.set()
+        return [busy, await first, await third]
+
+    busy, *others = asyncio.run(three())
+    assert busy.startswith("Busy: 1 drawings are waiting already") and others == ["drawn"] * 2
 
 
 def test_a_port_in_use_is_one_clear_line(served):

@@ -1,4 +1,4 @@
-"""One concept as a row of the app's page."""
+"""One concept as a row of the page."""
 
 import base64
 import functools
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import gradio as gr
 
+from sbora_diffusion.app.drawing import MAX_WEIGHT
 from sbora_diffusion.cards import Card
 from sbora_diffusion.core.errors import DataError
-from sbora_diffusion.studio import MAX_WEIGHT
 
 ROW_CSS = """
 .concept {display: grid !important; align-items: center; gap: 4px 12px !important;
@@ -51,42 +51,59 @@ INSERT_JS = """(prompt) => [
   true]"""
 
 
-def concept_row(card: Card, on: bool, prompt: gr.Textbox, selection: gr.JSON) -> None:
+def concept_row(
+    card: Card,
+    weight: float | None,
+    selection: gr.JSON,
+    prompt: gr.Textbox | None = None,
+    verb: str = "use",
+) -> None:
     """Switch, picture and name, token, and weight of one concept.
 
     The row writes into `selection` (key → weight), the token's button into `prompt`.
+
+    Args:
+        weight: at first; None: the concept is off.
+        verb: what the switch does with the concept.
     """
-    with gr.Row(elem_classes="concept", key=card.key):
+    on, name = weight is not None, json.dumps(card.key)
+    with gr.Row(elem_classes="concept"):
         # Said, since gradio takes what an event writes into for an output and locks it.
         switch = gr.Checkbox(
-            on, label=f"use {card.name}", container=False, elem_classes="switch", min_width=24,
+            on, label=f"{verb} {card.name}", container=False, elem_classes="switch", min_width=24,
             interactive=True,
         )  # fmt: skip
         gr.HTML(_card_html(card), min_width=130)
-        token = gr.Button(card.token or "–", size="sm", min_width=60, elem_classes="token")
-        weight = gr.Slider(
-            0, MAX_WEIGHT, 1.0, step=0.05, label=f"weight of {card.name}", show_label=False,
-            container=False, min_width=150, interactive=True,
+        if prompt is None:
+            gr.HTML(f"<code>{html.escape(card.token)}</code>", min_width=60)
+        else:
+            token = gr.Button(
+                card.token or "–", size="sm", min_width=60, elem_classes="token",
+            )  # fmt: skip
+        slider = gr.Slider(
+            0, MAX_WEIGHT, 1.0 if weight is None else weight, step=0.05,
+            label=f"weight of {card.name}", show_label=False, container=False, min_width=150,
+            interactive=True,
         )  # fmt: skip
-    key = json.dumps(card.key)
-    for part in (switch, weight):
+    for part in (switch, slider):
         part.change(
-            None, [switch, weight, selection], selection, js=SELECT_JS.format(key=key), queue=False
+            None, [switch, slider, selection], selection, js=SELECT_JS.format(key=name), queue=False
         )
-    insert = INSERT_JS.format(token=json.dumps(card.token))
-    token.click(None, [prompt], [prompt, switch], js=insert, queue=False)
+    if prompt is not None:
+        insert = INSERT_JS.format(token=json.dumps(card.token))
+        token.click(None, [prompt], [prompt, switch], js=insert, queue=False)
 
 
 def _card_html(card: Card) -> str:
     picture = f'<span class="none">{card.name[0].upper()}</span>'
-    if card.thumbnail and (data := _thumbnail(card.thumbnail)):
+    if card.thumbnail and (data := thumbnail(card.thumbnail)):
         picture = f'<img src="data:image/jpeg;base64,{data}" alt="reference of {card.name}">'
     name, noun = html.escape(card.name), html.escape(card.class_noun)
     return f'<div class="card">{picture}<div><b>{name}</b><small>{noun}</small></div></div>'
 
 
 @functools.lru_cache(maxsize=256)
-def _thumbnail(path: Path) -> str:
+def thumbnail(path: Path) -> str:
     """A small JPEG in base64, "" if the file is no picture."""
     from sbora_diffusion.diffusion.dataset import open_image  # torch, which the page does without
 

@@ -1,0 +1,251 @@
+"""The tab Generate: prompt, concepts with weights, regions, pictures."""
+
+import asyncio
+import html
+import threading
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import gradio as gr
+
+from sbora_diffusion.app.chooser import Chooser, Selection
+from sbora_diffusion.app.desk import PRIVATE, Desk, in_plain_words
+from sbora_diffusion.app.drawing import (
+    AUTO,
+    DEFAULT_GUIDANCE,
+    DEFAULT_STEPS,
+    MAX_IMAGES,
+    MAX_PROMPT,
+    MAX_REGIONS,
+    MAX_SEED,
+    MAX_STEPS,
+    Outcome,
+    Request,
+    restored,
+)
+from sbora_diffusion.core.errors import DataError
+from sbora_diffusion.pictures import read_parameters
+
+SIDE_BY_SIDE_JS = """(selection, regions) => {
+  const names = Object.keys(selection || {});
+  const x = (k) => Math.round(100 * k / names.length) / 100;
+  return names.map((name, k) => `${name}=${x(k)},0,${x(k + 1)},1`).join("\\n");
+}"""
+
+
+class GenerateTab:
+    """Its handlers and its layout."""
+
+    def __init__(self, desk: Desk):
+        self.desk = desk
+        self._stops: dict[str | None, threading.Event] = {}
+
+    def first(self, request: gr.Request) -> tuple[str, Selection, str]:
+        """What a fresh page shows: a prompt that works, its concepts, and a stamp of the rows."""
+        cards = self.desk.workspace(request).cards()[0][:2]
+        tokens = [card.token for card in cards if card.token] or ["a dog"]
+        chosen = {card.key: 1.0 for card in cards}
+        prompt = f"a photo of {' next to '.join(tokens)} on the beach"
+        return prompt, chosen, self.chooser.anew(request)
+
+    async def generate(
+        self,
+        prompt: str,
+        selection: Selection | None,
+        seed: int,
+        num: int,
+        steps: int,
+        guidance: float,
+        negative_prompt: str,
+        regions: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio hands it over
+    ) -> tuple[list[tuple[str, str]], str, str]:
+        """Draw pictures; returns (picture, caption) pairs, the parameters, and the command."""
+        wanted = Request(
+            prompt, dict(selection or {}), seed, num, steps, guidance, negative_prompt or "",
+            regions or "",
+        )  # fmt: skip
+        (outcome,) = await self._draw([wanted], request, progress)
+        for warning in outcome.warnings:
+            gr.Warning(warning)
+        captions = [f"seed {seed}" for seed in outcome.seeds]
+        pictures = [(str(f), c) for f, c in zip(outcome.files, captions, strict=True)]
+        return pictures, _used(wanted, outcome.seeds), outcome.command
+
+    async def compare(
+        self,
+        prompt: str,
+        selection: Selection | None,
+        seed: int,
+        num: int,
+        steps: int,
+        guidance: float,
+        negative_prompt: str,
+        regions: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[str, str]:
+        """One picture as the base alone draws it, and with the concepts."""
+        wanted = Request(
+            prompt, dict(selection or {}), max(seed, 0), 1, steps, guidance, negative_prompt or "",
+            regions or "",
+        )  # fmt: skip
+        bare = self.desk.studio(request).bare(wanted)
+        before, after = await self._draw([bare, wanted], request, progress)
+        return str(before.files[0]), str(after.files[0])
+
+    async def _draw(
+        self, wanted: list[Request], request: gr.Request, progress: gr.Progress
+    ) -> list[Outcome]:
+        """Each of them, when it is this page's turn; ends early when the page is closed."""
+        stop = self._stops[request.session_hash] = threading.Event()
+        studio = self.desk.studio(request)
+        ahead = self.desk.gate.ahead
+        progress(0, desc=f"{ahead} before you" if ahead else "Getting the base ready")
+
+        def on_step(done: int, total: int) -> None:
+            progress((done, total), desc="Drawing")
+
+        try:
+            with in_plain_words():
+                async with self.desk.gate.turn():
+                    return [
+                        await anyio.to_thread.run_sync(
+                            studio.draw, one, on_step, stop, abandon_on_cancel=True
+                        )
+                        for one in wanted
+                    ]
+        except asyncio.CancelledError:
+            stop.set()
+            raise
+        finally:
+            self._stops.pop(request.session_hash, None)
+
+    def stop(self, request: gr.Request) -> None:
+        """End this session's drawing at the next step."""
+        if event := self._stops.get(request.session_hash):
+            event.set()
+
+    def restore(self, file: str | None, request: gr.Request) -> list[Any]:
+        """Everything that made a picture, read from it; the inputs, and the rows anew."""
+        if not file:
+            return [gr.skip()] * 9
+        with in_plain_words():
+            parameters = read_parameters(Path(file))
+            if not parameters:
+                raise DataError(
+                    f"{Path(file).name} says nothing about how it was drawn",
+                    "take a PNG that was drawn here or by `sbora generate`",
+                )
+            cards = self.desk.workspace(request).cards()[0]
+            found, missing = restored(parameters, cards)
+        for name in missing:
+            gr.Warning(f"The picture was drawn with {name}, which is not known here.")
+        chosen = dict(found.concepts)
+        return [
+            found.prompt, chosen, found.seed, found.num, found.steps, found.guidance,
+            found.negative_prompt, found.regions, self.chooser.anew(request),
+        ]  # fmt: skip
+
+    def build(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        """The layout, inside its tab."""
+        with gr.Row():
+            with gr.Column(scale=6, min_width=300):
+                prompt = gr.Textbox(
+                    label="Prompt", lines=2, max_length=MAX_PROMPT, interactive=True,
+                    placeholder="a photo of … on the beach", elem_id="prompt",
+                    info="Shift + Enter draws. A concept is called by its <token>.",
+                )  # fmt: skip
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", scale=3, elem_id="generate")
+                    halt = gr.Button("Stop", variant="stop", scale=1, min_width=80)
+                gr.Markdown("### Concepts")
+                self.chooser = Chooser(self.desk, "use", prompt)
+                selection, rows = self.chooser.selection, self.chooser.stamp
+                regions = self._regions(selection)
+                settings = self._settings()
+                inputs = [prompt, selection, *settings, regions]
+            with gr.Column(scale=5, min_width=300):
+                outputs = self._results()
+                with gr.Accordion("Compare with the base alone", open=False):
+                    compare = gr.Button("Draw both", elem_id="compare")
+                    slider = gr.ImageSlider(
+                        label="Base alone, and with the concepts", interactive=False, height=320,
+                        elem_id="comparison",
+                    )  # fmt: skip
+                with gr.Accordion("Take the settings of a picture", open=False):
+                    drop = gr.File(
+                        label="A PNG that was drawn here", file_types=[".png"], height=110,
+                        elem_id="restore",
+                    )  # fmt: skip
+        drawing = gr.on(
+            [go.click, prompt.submit], self.generate, inputs, outputs, api_name="generate",
+            show_progress_on=outputs[0], concurrency_limit=None,
+        )  # fmt: skip
+        comparing = compare.click(self.compare, inputs, slider, **PRIVATE)
+        halt.click(self.stop, cancels=[drawing, comparing], queue=False, api_name="stop")
+        drop.upload(self.restore, drop, [*inputs, rows], **PRIVATE)
+        page.load(self.first, None, [prompt, selection, rows], **PRIVATE)
+        self.chooser.look_at(tab.select)
+        page.unload(self.stop)
+
+    def _regions(self, selection: gr.JSON) -> gr.Textbox:
+        with gr.Accordion("Regions: where each concept may be", open=False, elem_id="places"):
+            with gr.Row():
+                split = gr.Button("Side by side", size="sm", min_width=90)
+                auto = gr.Button("Automatic", size="sm", min_width=90)
+                clear = gr.Button("None", size="sm", min_width=70)
+            gr.HTML('<div id="region-canvas"></div>')
+            regions = gr.Textbox(
+                label="In numbers", info="NAME = left, top, right, bottom, each from 0 to 1",
+                lines=2, max_lines=6, max_length=MAX_REGIONS, elem_id="regions", interactive=True,
+            )  # fmt: skip
+        split.click(None, [selection, regions], regions, js=SIDE_BY_SIDE_JS, queue=False)
+        auto.click(None, None, regions, js=f'() => "{AUTO}"', queue=False)
+        clear.click(None, None, regions, js='() => ""', queue=False)
+        return regions
+
+    def _settings(self) -> list[gr.components.Component]:
+        with gr.Row():
+            seed = gr.Number(
+                42, label="Seed", info="-1: another one each time", precision=0, minimum=-1,
+                maximum=MAX_SEED, min_width=120, elem_id="seed",
+            )  # fmt: skip
+            num = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Images", min_width=160)
+        with gr.Accordion("Advanced", open=False):
+            steps = gr.Slider(1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Sampling steps")
+            guidance = gr.Slider(1, 15, DEFAULT_GUIDANCE, step=0.5, label="Guidance scale")
+            negative = gr.Textbox(
+                label="Negative prompt", max_length=MAX_PROMPT, placeholder="what to avoid"
+            )
+        return [seed, num, steps, guidance, negative]
+
+    def _results(self) -> list[gr.components.Component]:
+        gallery = gr.Gallery(
+            label="Pictures", show_label=False, columns=2, height=420,
+            object_fit="contain", format="png", interactive=False,
+            buttons=["download", "fullscreen"], elem_id="gallery",
+        )  # fmt: skip
+        used = gr.Markdown("*Your pictures appear here.*", elem_id="used")
+        command = gr.Textbox(
+            label="The same on the command line", interactive=False, buttons=["copy"], lines=2,
+            max_lines=8, elem_id="command", elem_classes="command",
+        )  # fmt: skip
+        return [gallery, used, command]
+
+
+def _used(request: Request, seeds: list[int]) -> str:
+    """The parameters in one line for people."""
+    several = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    concepts = ", ".join(f"{k} × {w:g}" for k, w in sorted(request.concepts.items())) or "none"
+    line = (
+        f"**Seed** {several} · **steps** {request.steps} · **guidance** {request.guidance:g} · "
+        f"**concepts** {html.escape(concepts)}"
+    )
+    if request.negative_prompt:
+        line += f" · **negative prompt** {html.escape(request.negative_prompt)}"
+    if request.places:
+        line += f" · **regions** {html.escape('; '.join(request.places))}"
+    return line

@@ -1,0 +1,144 @@
+"""Where one person's concepts, pictures and jobs lie."""
+
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sbora_diffusion.cards import Card, find_cards
+from sbora_diffusion.core.errors import ConfigError
+from sbora_diffusion.core.schema import NAME_PATTERN
+from sbora_diffusion.library import Library
+
+EXAMPLES = Path(__file__).parents[1] / "pocket" / "examples"
+KEPT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One person's library, and a folder for what the app makes.
+
+    Attributes:
+        examples: a folder of concept files that everybody sees.
+    """
+
+    library: Library
+    folder: Path
+    examples: Path = EXAMPLES
+
+    @property
+    def subjects(self) -> Path:
+        """Concept folders: pictures that were uploaded, and their `concept.toml`."""
+        return self.folder / "subjects"
+
+    @property
+    def concepts(self) -> Path:
+        """Concept files that were trained or brought here."""
+        return self.folder / "concepts"
+
+    @property
+    def outputs(self) -> Path:
+        """What was merged, exported or judged."""
+        return self.folder / "outputs"
+
+    @property
+    def jobs(self) -> Path:
+        return self.folder / "jobs"
+
+    def cards(self) -> tuple[list[Card], list[str]]:
+        """The concepts that can be chosen now, and what is wrong with those that cannot."""
+        return find_cards(self.library, self.examples)
+
+    def card(self, key: str) -> Card:
+        """The concept of that key.
+
+        Raises:
+            ConfigError: there is none any more.
+        """
+        for card in self.cards()[0]:
+            if card.key == key:
+                return card
+        raise ConfigError(f"there is no concept {key!r} any more", "reload the page to see all")
+
+    def chosen(self, selection: Mapping[str, float]) -> list[Card]:
+        """The concepts of a selection (key → weight) in an order that depends on the keys alone.
+
+        Raises:
+            ConfigError: one is not there any more.
+        """
+        return [self.card(key) for key in sorted(selection)]
+
+    def specs(self, selection: Mapping[str, float]) -> list[str]:
+        """The same as commands take them: `FILE:WEIGHT`, or `NAME:WEIGHT` of a library's set."""
+        return [
+            f"{card.name if card.in_set else card.path}:{selection[card.key]:g}"
+            for card in self.chosen(selection)
+        ]
+
+
+class Workspaces:
+    """A workspace for each person who may log in; for one person alone, the machine's library.
+
+    Args:
+        library: the library file, the default one if not given; the app's folder is beside it.
+        people: names of all logins.
+
+    Raises:
+        ConfigError: a login's name cannot name a folder.
+    """
+
+    def __init__(
+        self, library: str | Path | None, examples: Path = EXAMPLES, people: Sequence[str] = ()
+    ):
+        shelf = Library(library)
+        folder = shelf.path.absolute().parent / f"{shelf.path.stem}.app"
+        self._own: dict[str, Workspace] = {}
+        for person in people if len(people) > 1 else ():
+            if not re.match(NAME_PATTERN, person):
+                raise ConfigError(
+                    f"{person!r} cannot be the name of a login", "take letters, digits, _ and -"
+                )
+            home = folder / "people" / person
+            self._own[person] = Workspace(Library(home / "library.sqlite3"), home, examples)
+        self._shared, self.home = Workspace(shelf, folder, examples), folder
+
+    def of(self, person: str | None) -> Workspace:
+        """The workspace of a login; None where nobody logs in."""
+        return self._own[person or ""] if self._own else self._shared
+
+    def __iter__(self) -> Iterator[Workspace]:
+        return iter(self._own.values() if self._own else (self._shared,))
+
+
+class Handout:
+    """Files on their way to the browser: the server copies them from here, and from nowhere else.
+
+    Each lies in a folder whose name cannot be guessed, until long after the server took it.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="sbora-app-")
+
+    def place(self, name: str) -> Path:
+        """A path for a new file of that name."""
+        self._sweep()
+        folder = Path(self._folder.name) / secrets.token_hex(8)
+        folder.mkdir()
+        return folder / name
+
+    def copy(self, file: Path) -> Path:
+        """A file, or a folder as one archive."""
+        if file.is_dir():
+            made = shutil.make_archive(str(self.place(file.name)), "zip", file)
+            return Path(made)
+        return Path(shutil.copyfile(file, self.place(file.name)))
+
+    def _sweep(self) -> None:
+        oldest = time.time() - KEPT_SECONDS
+        for folder in Path(self._folder.name).iterdir():
+            if folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""Many users at once, who speak to the server as the page does."""
+
+import asyncio
+import io
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import httpx
+from PIL import Image
+
+BUSY = "drawings are waiting already"
+PATIENCE = 120.0
+
+
+@dataclass
+class Seen:
+    """What all users saw together."""
+
+    statuses: Counter = field(default_factory=Counter)
+    done: Counter = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
+class User:
+    """One browser: draws, uploads, cancels, goes away, each with its own prompt and seed."""
+
+    def __init__(self, url: str, number: int, config: dict, client: httpx.AsyncClient, seen: Seen):
+        self.url, self.number, self.client, self.seen = f"{url}/gradio_api", number, client, seen
+        self.rng = random.Random(number)
+        self.draws = _event(config, lambda d: d["api_name"] == "generate")
+        self.stops = _event(config, lambda d: d["api_name"] == "stop")
+        self.checks = _event(config, lambda d: (_component(config, "pictures"), "upload") in
+                             [tuple(target) for target in d["targets"]])  # fmt: skip
+
+    async def live(self, until: float) -> None:
+        """Do one thing after the other until then."""
+        ways = (self.draw, self.draw, self.upload, self.cancel, self.leave)
+        while time.monotonic() < until:
+            try:
+                await self.rng.choice(ways)()
+            except (httpx.TransportError, TimeoutError) as error:
+                self.seen.wrong.append(f"user {self.number}: {error!r}")
+            await asyncio.sleep(self.rng.uniform(0, 1))
+
+    @property
+    def prompt(self) -> str:
+        return f"a photo of <plushbear> of user {self.number}"
+
+    async def draw(self) -> None:
+        """A picture, which must be this user's; or the word that the server is busy."""
+        seed = self.rng.randrange(2**20)
+        message = await self._call(self.draws, self._request(seed))
+        if not message["success"]:
+            text = str(message["output"].get("error"))
+            self.seen.done["busy" if BUSY in text else "error"] += 1
+            if BUSY not in text:
+                self.seen.wrong.append(text)
+            return
+        (picture,) = message["output"]["data"][0]
+        answer = await self._get(picture["image"]["url"].split("/gradio_api")[-1])
+        told = json.loads(Image.open(io.BytesIO(answer.content)).text["sbora"])
+        if (told["prompt"], told["seed"]) != (self.prompt, seed):
+            self.seen.wrong.append(f"user {self.number} got {told['prompt']!r}")
+        self.seen.done["drawn"] += 1
+
+    async def upload(self) -> None:
+        """A picture and something else; the first stays, under this user's name for it."""
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), (self.number, 0, 0)).save(buffer, "PNG")
+        own = f"user-{self.number}.png"
+        files = [("files", (own, buffer.getvalue())), ("files", ("bad.png", b"<html>"))]
+        answer = await self.client.post(f"{self.url}/upload", files=files)
+        self.seen.statuses[answer.status_code] += 1
+        sent = [
+            {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+            for path, (_, (name, _)) in zip(answer.json(), files, strict=True)
+        ]
+        message = await self._call(self.checks, [sent])
+        kept = [file["orig_name"] for file in message["output"]["data"][0] or []]
+        if kept != [own]:
+            self.seen.wrong.append(f"user {self.number} uploaded {own} and was shown {kept}")
+        self.seen.done["uploaded"] += 1
+
+    async def cancel(self) -> None:
+        """Ask for a picture and press Stop."""
+        session, event = await self._join(self.draws, self._request(1, steps=20))
+        await asyncio.sleep(self.rng.uniform(0, 0.5))
+        body = {"session_hash": session, "fn_index": self.draws, "event_id": event}
+        await self._post("cancel", body)
+        await self._post("run/stop", {"data": [], "session_hash": session})
+        self.seen.done["cancelled"] += 1
+
+    async def leave(self) -> None:
+        """Ask for a picture and close the page."""
+        session, _ = await self._join(self.draws, self._request(1, steps=20))
+        url = f"{self.url}/queue/data?session_hash={session}"
+        async with self.client.stream("GET", url) as stream:
+            self.seen.statuses[stream.status_code] += 1
+            await asyncio.sleep(self.rng.uniform(0, 0.5))
+        self.seen.done["left"] += 1
+
+    def _request(self, seed: int, steps: int = 1) -> list:
+        return [self.prompt, {"plushbear": 1.0}, seed, 1, steps, 4, "", ""]
+
+    async def _call(self, event: int, data: list) -> dict:
+        session, _ = await self._join(event, data)
+        async with asyncio.timeout(PATIENCE):
+            url = f"{self.url}/queue/data?session_hash={session}"
+            async with self.client.stream("GET", url) as stream:
+                self.seen.statuses[stream.status_code] += 1
+                async for line in stream.aiter_lines():
+                    message = json.loads(line[5:]) if line.startswith("data:") else {}
+                    if message.get("msg") == "process_completed":
+                        return message
+        raise TimeoutError("the server closed the stream")
+
+    async def _join(self, event: int, data: list) -> tuple[str, str]:
+        session = f"{self.number}-{self.rng.randrange(2**40):x}"
+        body = {"data": data, "fn_index": event, "session_hash": session, "trigger_id": None}
+        return session, (await self._post("queue/join", body))["event_id"]
+
+    async def _post(self, place: str, body: dict) -> dict:
+        answer = await self.client.post(f"{self.url}/{place}", json=body)
+        self.seen.statuses[answer.status_code] += 1
+        return answer.json()
+
+    async def _get(self, place: str) -> httpx.Response:
+        answer = await self.client.get(f"{self.url}{place}")
+        self.seen.statuses[answer.status_code] += 1
+        return answer
+
+
+async def crowd(url: str, users: int, seconds: float) -> Seen:
+    """All users, for so long."""
+    seen, limits = Seen(), httpx.Limits(max_connections=4 * users)
+    async with httpx.AsyncClient(timeout=PATIENCE, limits=limits) as client:
+        config = (await client.get(f"{url}/config")).json()
+        until = time.monotonic() + seconds
+        await asyncio.gather(*(User(url, k, config, client, seen).live(until)
+                               for k in range(users)))  # fmt: skip
+    return seen
+
+
+def _component(config: dict, elem_id: str) -> int:
+    (found,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id)
+    return found
+
+
+def _event(config: dict, wanted) -> int:
+    return next(d["id"] for d in config["dependencies"] if wanted(d))
