@@ -44,12 +44,18 @@ class Chooser:
     def look_at(self, *events: Callable[..., Any]) -> None:
         """Look for other concepts at each of these events."""
         for event in events:
-            event(self.known, None, self.stamp, show_progress="hidden", **PRIVATE)
+            event(self.look, self.stamp, self.stamp, show_progress="hidden", **PRIVATE)
 
     def known(self, request: gr.Request) -> str:
         """The concepts that there are."""
         cards = self.desk.workspace(request).cards()[0]
         return repr([(card.key, card.token, str(card.path)) for card in cards])
+
+    def look(self, stamp: str, request: gr.Request) -> Any:
+        """Another stamp where other concepts are known; the prompt's tab gets its first with it."""
+        known = self.known(request)
+        first = not stamp and self.prompt is not None
+        return gr.skip() if first or stamp.startswith(known) else known
 
     def anew(self, request: gr.Request) -> str:
         """A stamp that no other is equal to."""

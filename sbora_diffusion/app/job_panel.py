@@ -89,20 +89,35 @@ class JobPanel:
         """What a fresh page shows: the job that runs, or the last one."""
         jobs = self.jobs(request)
         running = [job for job in jobs if job.standing.state == "running"]
-        return self.show(next((job.id for job in running + jobs), None), "", request)
+        return self.point_to(next((job.id for job in running + jobs), None), request)
+
+    def point_to(self, chosen: str | None, request: gr.Request) -> list[Any]:
+        """Values of `outputs` for another job than the one that was chosen."""
+        jobs = self.jobs(request)
+        return [
+            gr.Dropdown(choices=_choices(jobs), value=chosen),
+            *self._about(chosen, "", request),
+        ]
 
     def show(self, chosen: str | None, shown: str, request: gr.Request) -> list[Any]:
-        """Values of `outputs`; what has not changed is left alone, so that nothing jumps."""
+        """Values of `outputs`; what has not changed is left alone, so that nothing jumps.
+
+        What is chosen is left to the person: an answer that comes late must not take it back.
+        """
+        jobs = self.jobs(request)
+        same = (shown or "\n").split("\n")[0] == _state(chosen, jobs)
+        choices = gr.skip() if same else gr.Dropdown(choices=_choices(jobs))
+        return [choices, *self._about(chosen, shown, request)]
+
+    def _about(self, chosen: str | None, shown: str, request: gr.Request) -> list[Any]:
         jobs = self.jobs(request)
         job = next((job for job in jobs if job.id == chosen), None)
         pictures = self.pictures(job) if self.pictures else []
-        state = f"{chosen} {[(j.id, j.standing.state) for j in jobs]}"
+        state = _state(chosen, jobs)
         drawn = f"{state} {len(pictures)}"
         before = (shown or "\n").split("\n")
-        choices = [(f"{j.title} · {j.kind} · {j.standing.state}", j.id) for j in jobs]
         same_list, same_pictures = before[0] == state, before[-1] == drawn
         return [
-            gr.skip() if same_list else gr.Dropdown(choices=choices, value=job.id if job else None),
             job_detail(job, self.empty) + (self.result(job) if job else ""),
             gr.skip() if same_list else job_list(jobs, chosen),
             gr.skip() if same_pictures else self._handed(pictures),
@@ -140,3 +155,11 @@ class JobPanel:
     def _handed(self, pictures: Sequence[tuple[Path, str]]) -> list[tuple[str, str]]:
         handed = [(self.desk.handout.copy(file), caption) for file, caption in pictures]
         return [(str(file), caption) for file, caption in handed]
+
+
+def _state(chosen: str | None, jobs: Sequence[Job]) -> str:
+    return f"{chosen} {[(job.id, job.standing.state) for job in jobs]}"
+
+
+def _choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
+    return [(f"{job.title} · {job.kind} · {job.standing.state}", job.id) for job in jobs]

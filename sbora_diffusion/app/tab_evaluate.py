@@ -66,4 +66,4 @@ class EvaluateTab:
                 self.desk.workspace(request), self.desk.store(request), concept or "", weight, num,
                 steps,
             )  # fmt: skip
-        return self.panel.show(job.id, "", request)
+        return self.panel.point_to(job.id, request)

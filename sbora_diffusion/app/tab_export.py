@@ -54,7 +54,7 @@ class ExportTab:
                 self.desk.workspace(request), self.desk.store(request), selection or {},
                 TOOLS[to], name,
             )  # fmt: skip
-        return self.panel.show(job.id, "", request)
+        return self.panel.point_to(job.id, request)
 
     def bring(self, upload: str | None, request: gr.Request) -> tuple[str, None]:
         """Register the concepts of a file."""

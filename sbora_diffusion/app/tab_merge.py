@@ -67,7 +67,7 @@ class MergeTab:
             job = submit_check(
                 self.desk.workspace(request), self.desk.store(request), selection or {}
             )
-        return self.panel.show(job.id, "", request)
+        return self.panel.point_to(job.id, request)
 
     def merge(
         self, selection: Selection, form: str, calibrate: bool, name: str, request: gr.Request
@@ -78,4 +78,4 @@ class MergeTab:
                 self.desk.workspace(request), self.desk.store(request), selection or {},
                 FORMS[form], calibrate, name,
             )  # fmt: skip
-        return self.panel.show(job.id, "", request)
+        return self.panel.point_to(job.id, request)

@@ -62,7 +62,7 @@ class TrainTab:
                 self.desk.workspace(request), self.desk.store(request), subject or "",
                 dict(zip(names, settings, strict=True)), every,
             )  # fmt: skip
-        return self.panel.show(job.id, "", request)
+        return self.panel.point_to(job.id, request)
 
     def _form(self) -> list[gr.components.Component]:
         widgets = []
