@@ -95,7 +95,7 @@ class User:
 
     async def leave(self) -> None:
         """Ask for a picture and close the page."""
-        session, _ = await self._join(self.draws, self._request(1, steps=20))
+        session, _ = await self._join(self.draws, self._request(1, steps=4))
         url = f"{self.url}/queue/data?session_hash={session}"
         async with self.client.stream("GET", url) as stream:
             self.seen.statuses[stream.status_code] += 1
