@@ -13,7 +13,7 @@ Line = Mapping[str, Any]
 Key = tuple[Any, ...]
 KEYS = ("preset", "method", "merge", "trial", "seed", "concept")
 """What tells the lines of one record apart; a key that a record does not have counts as None."""
-_DEFAULTS = TrainConfig().model_dump(mode="json")
+_DEFAULTS = TrainConfig.model_validate({}).model_dump(mode="json")
 
 
 def key_of(line: Line) -> Key:
