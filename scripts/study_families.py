@@ -186,7 +186,7 @@ def main() -> None:
         print(family, json.dumps(families[family]), flush=True)
     record = {
         "what": "training and use in the sizes of real models, with random weights",
-        "run": run_of(command(), args.device, time.monotonic() - began, args.commit),
+        **run_of(command(), args.device, time.monotonic() - began, args.commit),
         "families": families,
     }
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

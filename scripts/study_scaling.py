@@ -57,7 +57,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             record[part] = parts[part](args, Path(folder))
         print(part, json.dumps(record[part]), flush=True)
-    record["run"] = run_of(command(), args.device, time.monotonic() - began, args.commit)
+    record |= run_of(command(), args.device, time.monotonic() - began, args.commit)
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

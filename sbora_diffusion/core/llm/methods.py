@@ -153,6 +153,11 @@ def _made(method: str, make: Callable[[], Any]) -> Any:
         return make()
     except SboraError:
         raise
+    except ImportError as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise ConfigError(
+            f"method {method!r} needs a package that is missing: {reason}", "install it"
+        ) from error
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise ConfigError(

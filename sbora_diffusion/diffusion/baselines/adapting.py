@@ -71,6 +71,11 @@ class AdaptedTraining(GroupTraining):
         """What the layer gives, (concepts, rows, out), for inputs x (concepts, rows, in), the base
         giving y."""
 
+    def _trained_models(self) -> list[str]:
+        """The text encoder too where its words stay: they may start elsewhere than the noun."""
+        encoders = self.base.kind.present(self.base.pipeline)
+        return [self.base.kind.denoiser, *(encoder.model for encoder in encoders)]
+
     def _adapted_layers(self) -> dict[str, nn.Linear]:
         return self.lessons[0].layers
 

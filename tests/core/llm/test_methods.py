@@ -1,5 +1,7 @@
 """One table of methods for SBoRA, MoRA and all that PEFT has."""
 
+import sys
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -30,6 +32,8 @@ def adapter(method: str, **options) -> Adapter:
 
 @pytest.mark.parametrize("method", sorted(set(method_names()) - REFUSED))
 def test_every_method_trains_its_own_parameters_alone(method):
+    if method == "adamss":
+        pytest.importorskip("sklearn", reason="AdaMSS clusters with scikit-learn")
     base = tiny_llama()
     names = {name for name, _ in base.named_parameters()}
     torch.manual_seed(0)
@@ -46,6 +50,12 @@ def test_every_method_trains_its_own_parameters_alone(method):
 def test_methods_that_no_data_here_can_train_say_so(method):
     with pytest.raises(ConfigError, match=f"{method}' needs"):
         adapted(tiny_llama(), adapter(method))
+
+
+def test_a_package_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError, match="'adamss' needs a package that is missing: scikit-learn"):
+        adapted(tiny_llama(), adapter("adamss"))
 
 
 def test_wrong_names_and_values_are_one_line():
