@@ -186,7 +186,8 @@ class GenerateTab:
         )  # fmt: skip
         comparing = compare.click(self.compare, inputs, slider, **PRIVATE)
         halt.click(self.stop, cancels=[drawing, comparing], queue=False, api_name="stop")
-        drop.upload(self.restore, drop, [*inputs, rows], **PRIVATE)
+        taken = drop.upload(self.restore, drop, [*inputs, rows], **PRIVATE)
+        taken.then(lambda: None, None, drop, **PRIVATE)  # ready for the next one
         page.load(self.first, None, [prompt, selection, rows], **PRIVATE)
         self.chooser.look_at(tab.select)
         page.unload(self.stop)
