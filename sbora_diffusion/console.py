@@ -149,10 +149,15 @@ def quiet_libraries(names: Sequence[str] = ("diffusers", "transformers")) -> Non
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that it does without
+    quiet_bitsandbytes()
     for library in map(import_module, names):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def quiet_bitsandbytes() -> None:
+    """Silence what it says, when PEFT imports it, of kernels that it does without."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def open_base(
@@ -191,6 +196,7 @@ def read_settings(
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Run a command and give its exit status: 0 done, 2 wrong input, 1 a fault, 130 stopped."""
     warnings.simplefilter("ignore")
+    quiet_bitsandbytes()
     try:
         return app(args=arguments, prog_name="sbora", standalone_mode=False) or OK
     except (KeyboardInterrupt, typer.Abort):
