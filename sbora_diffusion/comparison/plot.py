@@ -89,7 +89,7 @@ def _moved(preset: Preset, name: str, lines: Sequence[Line], judge: str, size: i
 
 
 def picture(title: str, panels: Sequence[Panel]) -> Image.Image:
-    """Numbered dots, arrows where merging takes them, and a legend."""
+    """Numbered dots, with lines from where they were before merging, and a legend."""
     labels: Mapping[int, Point] = {
         k: point for panel in panels for k, point in enumerate(panel.points, 1) if point
     }
@@ -133,10 +133,10 @@ def _draw(pen: "_Pen", panel: Panel, left: float, top: float) -> None:
     for point in points:
         if point.end:
             pen.line([at(point.start), at(point.end)], OURS if point.ours else OTHERS, 2)
-            pen.dot(at(point.end), OURS if point.ours else OTHERS, 3)
+            pen.dot(at(point.start), OURS if point.ours else OTHERS, 3)
     for number, numbered in reversed(list(enumerate(panel.points, 1))):
         if numbered:
-            _dot(pen, at(numbered.start), number, numbered)
+            _dot(pen, at(numbered.end or numbered.start), number, numbered)
 
 
 def _dot(pen: "_Pen", place: Place, number: int, point: Point) -> None:
