@@ -69,6 +69,7 @@ def train(
     quiet_libraries(["transformers"])
     from sbora_diffusion.core.llm.config import LlmConfig, read_preset
     from sbora_diffusion.core.llm.jobs import train_adapter
+    from sbora_diffusion.core.llm.training import is_main_process
 
     console = Console(as_json)
     flags = {"method": method, "rank": rank, "slot": slot, "quantize": quantize}
@@ -87,7 +88,8 @@ def train(
             report=lambda step, steps, loss: bar(step, steps, f"loss {loss:.3f}"),
             tell=console.note,
         )
-    _say_trained(console, done, recipe, output)
+    if is_main_process():
+        _say_trained(console, done, recipe, output)
 
 
 def _say_trained(console: Console, done: "Done", recipe: "LlmConfig", output: Path) -> None:

@@ -60,7 +60,7 @@ def train_adapter(
     )
     if is_main_process():
         record = _record(base, data, config, done, len(examples), len(rows))
-        write_adapter(output, done.model, record)
+        write_adapter(output, done.model, record, done.gathered)
         done.checkpoints.remove()
     return done
 

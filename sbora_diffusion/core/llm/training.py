@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
@@ -44,6 +45,7 @@ class Done:
         losses: (step, mean loss since the one before), every `LOGGED` steps and at checkpoints.
         seconds: from the first step to the last one.
         peak_bytes: most memory that tensors took on a GPU; 0 on a CPU.
+        gathered: the adapter's tensors, where FSDP has divided the model's.
     """
 
     model: PeftModel
@@ -53,6 +55,7 @@ class Done:
     seconds: float
     losses: list[tuple[int, float]] = field(default_factory=list)
     peak_bytes: int = 0
+    gathered: dict[str, torch.Tensor] | None = None
 
 
 LOGGED = 10
@@ -132,8 +135,16 @@ def train(
     _start_memory()
     with _folded(wrapped, trainer):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-    trained = trained_parameters(wrapped)
-    return Done(wrapped, checkpoints, trained, steps, watch.seconds, watch.losses, _peak_memory())
+    return Done(
+        wrapped,
+        checkpoints,
+        trained_parameters(wrapped),
+        steps,
+        watch.seconds,
+        watch.losses,
+        _peak_memory(),
+        _gathered(trainer),
+    )
 
 
 def is_main_process() -> bool:
@@ -141,8 +152,16 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def write_adapter(folder: Path, model: PeftModel, record: dict[str, Any]) -> None:
+def write_adapter(
+    folder: Path,
+    model: PeftModel,
+    record: dict[str, Any],
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write an adapter and its record, all of it or nothing.
+
+    Args:
+        tensors: in place of the model's.
 
     Raises:
         ConflictError: the folder exists and is not empty.
@@ -150,7 +169,7 @@ def write_adapter(folder: Path, model: PeftModel, record: dict[str, Any]) -> Non
     """
 
     def fill(place: Path) -> None:
-        model.save_pretrained(str(place))
+        model.save_pretrained(str(place), state_dict=tensors)
         (place / "README.md").unlink(missing_ok=True)  # PEFT's is a form to be filled in
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (place / RECORD).write_text(text + "\n", encoding="utf-8")
@@ -213,7 +232,10 @@ class _WriteBack(TrainerCallback):
 
 @contextmanager
 def _folded(model: PeftModel, trainer: Trainer) -> Iterator[None]:
-    """SBoRA in the base's weights while it trains, where that is possible."""
+    """SBoRA in the base's weights while it trains, where that is possible: FSDP divides them."""
+    if trainer.is_fsdp_enabled:
+        yield
+        return
     layers = {name: module for name, module in model.named_modules()}
     with folded_training(layers, "default") as forms:
         trainer.add_callback(_WriteBack(forms))
@@ -265,6 +287,7 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_find_unused_parameters=False,
         use_cpu=cpu,
     )
     arguments.gradient_accumulation_steps = _accumulation(config, arguments.world_size)
@@ -294,6 +317,14 @@ def _steps(config: LlmConfig, rows: Sequence[Row], arguments: TrainingArguments)
     batches = -(-len(rows) // (config.micro_batch_size * arguments.world_size))
     an_epoch = max(-(-batches // arguments.gradient_accumulation_steps), 1)
     return math.ceil(config.epochs * an_epoch)
+
+
+def _gathered(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """Trained tensors and buffers in whole, where FSDP divides them; all processes call it."""
+    if not trainer.is_fsdp_enabled:
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(trainer.model, options=options)
 
 
 def _start_memory() -> None:
