@@ -11,7 +11,8 @@ from sbora_diffusion.core.llm.config import LlmConfig
 from sbora_diffusion.core.llm.data import read_all
 from sbora_diffusion.core.llm.loading import load_model, load_tokenizer
 from sbora_diffusion.core.llm.prompts import Encoder, packed
-from sbora_diffusion.core.llm.training import Done, Report, is_main_process, train, write_adapter
+from sbora_diffusion.core.llm.training import Done, is_main_process, train, write_adapter
+from sbora_diffusion.core.llm.watching import Report
 
 LIBRARIES = ("torch", "transformers", "peft")
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sbora_diffusion.core.errors import ConfigError, NonFiniteError
+from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.core.llm.config import LlmConfig
 from sbora_diffusion.core.llm.methods import Adapter, adapted, trained_parameters
 from sbora_diffusion.core.llm.prompts import Collator, Row, padding_id
 from sbora_diffusion.core.llm.resuming import Checkpoints, SealingCallback
 from sbora_diffusion.core.llm.shapes import check_targets, default_targets
+from sbora_diffusion.core.llm.watching import LOGGED, Report, Watch
 from sbora_diffusion.core.tuner.folded_training import FoldedTraining, folded_training
 
 RECORD = "sbora.json"
@@ -34,7 +34,6 @@ _OPTIMIZERS = {
     "paged-adamw-8bit": "paged_adamw_8bit",
     "paged-adamw-32bit": "paged_adamw_32bit",
 }
-Report = Callable[[int, int, float], None]
 
 
 @dataclass
@@ -56,9 +55,6 @@ class Done:
     losses: list[tuple[int, float]] = field(default_factory=list)
     peak_bytes: int = 0
     gathered: dict[str, torch.Tensor] | None = None
-
-
-LOGGED = 10
 
 
 def adapter_of(config: LlmConfig, model: nn.Module, steps: int = 0) -> Adapter:
@@ -123,7 +119,7 @@ def train(
     if not resume:
         checkpoints.begin_anew()
     start = checkpoints.newest() if resume else None
-    watch = _Watch(steps, report)
+    watch = Watch(steps, report)
     trainer = Trainer(
         model=wrapped,
         args=arguments,
@@ -143,7 +139,7 @@ def train(
         watch.seconds,
         watch.losses,
         _peak_memory(),
-        _gathered(trainer),
+        _gathered(wrapped, trainer),
     )
 
 
@@ -183,41 +179,6 @@ def identity(config: LlmConfig, rows: Sequence[Row], model: nn.Module) -> dict[s
     shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters())
     base = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     return {"settings": config.model_dump(mode="json"), "data": digest, "base": base}
-
-
-class _Watch(TrainerCallback):
-    """Losses, time, and the end of a training that does not converge."""
-
-    def __init__(self, steps: int, report: Report) -> None:
-        self.steps, self.report = steps, report
-        self.losses: list[tuple[int, float]] = []
-        self.seconds, self._began, self._loss = 0.0, 0.0, math.nan
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-        logs = [log for log in state.log_history if "loss" in log]
-        self.losses = [(log["step"], log["loss"]) for log in logs]
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tuner: Any = getattr(kwargs.get("model"), "base_model", None)
-        if hasattr(tuner, "update_and_allocate"):  # AdaLoRA moves its ranks between the layers
-            tuner.update_and_allocate(state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self._loss = float(logs["loss"])
-            if not math.isfinite(self._loss):
-                raise NonFiniteError(
-                    f"the loss is not finite after step {state.global_step}",
-                    "lower the rate, or train in another dtype",
-                )
-            self.losses.append((state.global_step, self._loss))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._began
-        # Trainer does not save its running sum of losses.
-        control.should_log |= control.should_save or state.global_step == self.steps
-        self.report(state.global_step, self.steps, self._loss)
 
 
 class _WriteBack(TrainerCallback):
@@ -319,12 +280,12 @@ def _steps(config: LlmConfig, rows: Sequence[Row], arguments: TrainingArguments)
     return math.ceil(config.epochs * an_epoch)
 
 
-def _gathered(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+def _gathered(model: PeftModel, trainer: Trainer) -> dict[str, Any] | None:
     """Trained tensors and buffers in whole, where FSDP divides them; all processes call it."""
     if not trainer.is_fsdp_enabled:
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(trainer.model, options=options)
+    return get_model_state_dict(model, options=options)
 
 
 def _start_memory() -> None:
