@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sbora_diffusion.core.errors import ConfigError, NonFiniteError, ResourceErr
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.runtime import deterministic
 from sbora_diffusion.diffusion.training_loop import StepRecord, TrainingLoop
 from sbora_diffusion.identity import departures, environment, identity, refuse_another
 
@@ -136,17 +137,19 @@ class Resumable:
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """As many threads as the training had when it began, which decide how sums are rounded."""
-        threads = torch.get_num_threads()
+        """As many threads as the training had when it began, and a GPU's fixed order where it is
+        wanted: both decide how sums are rounded."""
+        threads, device = torch.get_num_threads(), self.base.device
         try:
             if self.found:
                 self._announce(self.found.document)
-            yield
+            with deterministic(device) if self.base.runtime.deterministic else nullcontext():
+                yield
         finally:
             torch.set_num_threads(threads)
 
     def _announce(self, document: Mapping[str, Any]) -> None:
-        had = document["environment"]
+        had = {"deterministic": False, **document["environment"]}  # the first did not name it
         if had["threads"] != torch.get_num_threads():
             self.how.tell(f"as before, the training takes {had['threads']} threads")
             torch.set_num_threads(had["threads"])

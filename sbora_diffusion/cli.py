@@ -21,6 +21,7 @@ from sbora_diffusion.console import (
     CompileOption,
     ConfigOption,
     Console,
+    DeterministicOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -108,6 +109,7 @@ def train(
     dtype: DtypeOption = Dtype.fp32,
     graphs: GraphsOption = True,
     compiled: CompileOption = False,
+    deterministic: DeterministicOption = False,
     library: LibraryOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -131,8 +133,8 @@ def train(
         console.warn(f"{file} exists and is replaced when the training is done")
     slots = slots_of([subject.settings.name for subject in subjects], slot, worker)
     several, subjects = len(subjects) > 1, worker.share(subjects)
-    device = worker.device(device)
-    model, known = open_base(base or "pocket", device, dtype, graphs, compiled), Library(library)
+    device, known = worker.device(device), Library(library)
+    model = open_base(base or "pocket", device, dtype, graphs, compiled, deterministic)
     if several:
         done = _train_many(console, model, subjects, recipe, known, place, at_once, slots, how)
     else:

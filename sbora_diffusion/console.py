@@ -68,6 +68,13 @@ CompileOption = Annotated[
     bool,
     typer.Option("--compile", help="Run UNet and text encoder through torch.compile"),
 ]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="On CUDA, add in a fixed order, so that the same training gives the same bytes",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
 
 
@@ -166,12 +173,14 @@ def open_base(
     dtype: str = "fp32",
     graphs: bool = True,
     compiled: bool = False,
+    deterministic: bool = False,
 ) -> "Base":
     """Load a base, quietly."""
     quiet_libraries()
     from sbora_diffusion.diffusion import bases, runtime
 
-    return bases.load_base(reference, device, dtype, runtime.Runtime(graphs, compiled))
+    how = runtime.Runtime(graphs, compiled, deterministic)
+    return bases.load_base(reference, device, dtype, how)
 
 
 def read_settings(

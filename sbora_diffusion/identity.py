@@ -37,8 +37,8 @@ def identity(base: Base, subjects: Sequence[Subject], config: TrainConfig) -> di
 
 def environment(base: Base) -> dict[str, Any]:
     """What decides rounding beside the recipe, as JSON."""
-    device = base.device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    device, on_gpu = base.device, base.device.type == "cuda"
+    gpu = torch.cuda.get_device_name(device) if on_gpu else ""
     return {
         "threads": torch.get_num_threads(),
         "processes": team.size(),
@@ -46,6 +46,7 @@ def environment(base: Base) -> dict[str, Any]:
         "dtype": str(base.pipeline.unet.dtype).removeprefix("torch."),
         "compiled": base.runtime.compiled,
         "graphs": base.repeats,
+        "deterministic": on_gpu and base.runtime.deterministic,
         "python": ".".join(map(str, sys.version_info[:2])),
         "torch": torch.__version__,
         "diffusers": version("diffusers"),

@@ -10,6 +10,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from sbora_diffusion.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -18,10 +20,12 @@ class Runtime:
     Attributes:
         graphs: record the work of a GPU once and replay it, where that can be (see `graphs`).
         compiled: UNet and text encoder go through `torch.compile`.
+        deterministic: trainings add in a fixed order on a GPU (see `deterministic`).
     """
 
     graphs: bool = True
     compiled: bool = False
+    deterministic: bool = False
 
 
 USUAL = Runtime()
@@ -59,7 +63,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
     says: where it says nothing, it is told.
 
     Raises:
-        RuntimeError: the work has a kernel that knows no fixed order.
+        ConfigError: the work has a kernel that knows no fixed order.
     """
     if device.type != "cuda":
         yield
@@ -71,6 +75,14 @@ def deterministic(device: torch.device) -> Iterator[None]:
     options.fill_uninitialized_memory = False  # nothing here reads such memory
     try:
         yield
+    except RuntimeError as error:
+        kernel, known, _ = str(error).partition(" does not have a deterministic implementation")
+        if not known:
+            raise
+        raise ConfigError(
+            f"{kernel} adds in no fixed order on a GPU",
+            "take --device cpu, or train without --deterministic",
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         options.fill_uninitialized_memory = before[1]

@@ -74,16 +74,19 @@ def test_the_open_ended_search_ends_with_the_time_and_keeps_what_fails(tmp_path)
 def run_faulty(fault: str, then: str) -> subprocess.CompletedProcess:
     """A program whose reader has a fault from the 510th file on."""
     code = (
-        "import subprocess, sys\n"
+        "import subprocess, sys, time\n"
         "from tests.reliability import fuzz\n"
         "good, fault = fuzz.read_concepts, sys.argv[1]\n"
+        "def work_for(seconds):\n"
+        "    ends = time.process_time() + seconds\n"
+        "    while time.process_time() < ends: pass\n"
         "def faulty(path, kept=[]):\n"
         "    kept.append(path)\n"
         "    if len(kept) < 510: return good(path)\n"
         "    if fault == 'another error': raise KeyError(1)\n"
         "    if fault == 'starts a process': subprocess.run(['true']); return good(path)\n"
         "    if fault == 'takes memory': b'x' * (80 << 20); return good(path)\n"
-        "    if fault == 'takes time': sum(range(5 * 10**7)); return good(path)\n"
+        "    if fault == 'takes time': work_for(fuzz.SECONDS + 0.2); return good(path)\n"
         "    return fuzz.ConceptSet(())\n"
         "fuzz.read_concepts = faulty\n"
     )

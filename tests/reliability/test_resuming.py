@@ -2,11 +2,13 @@
 
 import dataclasses
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from sbora_diffusion import checkpointing, identity
 from sbora_diffusion.core.checkpoints import MANIFEST, STATE, CheckpointFolder, Content
 from sbora_diffusion.core.errors import (
     BaseMismatch,
@@ -19,6 +21,7 @@ from sbora_diffusion.core.errors import (
 )
 from sbora_diffusion.diffusion import training_loop
 from sbora_diffusion.diffusion.group_training import GroupTraining
+from sbora_diffusion.diffusion.runtime import Runtime, deterministic
 from sbora_diffusion.diffusion.training import ConceptTraining
 from tests.diffusion.thin_pocket import thin_pocket
 from tests.reliability.training_kills import Plan, train
@@ -185,6 +188,32 @@ def test_the_thread_count_of_the_checkpoint_is_taken_and_given_back(base, begun)
         torch.set_num_threads(before)
     assert f"as before, the training takes {before} threads" in told
     assert not any("not bit for bit" in line for line in told)
+
+
+def test_the_order_that_is_wanted_holds_while_it_trains(base, begun, monkeypatch):
+    """A GPU's, which the CPU keeps to here."""
+    told, seen = [], []
+    on_gpu = partial(deterministic, torch.device("cuda"))
+    monkeypatch.setattr(checkpointing, "deterministic", lambda _: on_gpu())
+    monkeypatch.setattr(base, "runtime", Runtime(deterministic=True))
+    enabled = torch.are_deterministic_algorithms_enabled
+    train(base, begun, told, lambda _: seen.append(enabled()))
+    assert seen == [True, True] and not enabled()
+    assert not any("not bit for bit" in line for line in told)
+
+
+def test_a_checkpoint_that_does_not_name_the_order_goes_on_without_a_word(
+    base, tmp_path, monkeypatch
+):
+    def environment(base):
+        return {k: v for k, v in identity.environment(base).items() if k != "deterministic"}
+
+    monkeypatch.setattr(checkpointing, "environment", environment)
+    with pytest.raises(Stop):
+        train(base, plan := Plan(str(tmp_path), every=1), [], stop_at(2))
+    monkeypatch.undo()
+    train(base, dataclasses.replace(plan, resume=True), told := [])
+    assert told == ["going on from step 1 of 4"]
 
 
 def poison(monkeypatch, kind, method, when, act):

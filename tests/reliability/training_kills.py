@@ -1,7 +1,8 @@
 """Trainings that die by SIGKILL: at a step, or at one of the system calls of a save.
 
-`endings` runs them in a process of their own with one thread, which loads a thin base once and
-forks for each training. It never asks a GPU for anything, so that each fork may use one.
+`endings` runs them in processes with one thread, which fork from one that has loaded a thin base
+once. A GPU that was asked for anything cannot be used in a fork: with "spawn" each training is an
+interpreter of its own, and those in different folders run at once.
 """
 
 import hashlib
@@ -10,10 +11,11 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from sbora_diffusion.core import checkpoints, storage
 from sbora_diffusion.diffusion.bases import Base, load_base
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.runtime import deterministic
+from sbora_diffusion.diffusion.runtime import Runtime
 from sbora_diffusion.group_jobs import train_concepts
 from sbora_diffusion.jobs import train_concept
 from sbora_diffusion.library import Library
@@ -78,13 +80,17 @@ class Ending:
     calls: int
 
 
-def endings(plans: Sequence[Plan]) -> list[Ending]:
-    """Train one after another."""
+def endings(plans: Sequence[Plan], method: str = "fork") -> list[Ending]:
+    """How trainings end, those of one folder one after another.
+
+    Args:
+        method: how their processes are started, "fork" or "spawn".
+    """
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.reliability.training_kills"],
+        [sys.executable, "-m", "tests.reliability.training_kills", method],
         input=json.dumps([asdict(plan) for plan in plans]),
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -116,25 +122,24 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _forked(base: Base, plan: Plan) -> Ending:
+def _ended(plan: Plan, context: Any, base: Base | None) -> Ending:
     folder = Path(plan.folder)
     folder.mkdir(exist_ok=True)
     notes = folder / "notes.json"
     notes.unlink(missing_ok=True)
-    process = os.fork()
-    if process == 0:
-        os._exit(_child(base, plan, notes))
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    process = context.Process(target=_child, args=(base, plan, notes))
+    process.start()
+    process.join()
     noted = json.loads(notes.read_text()) if notes.exists() else {"told": [], "calls": 0}
     done = folder / "steps.txt"
     steps = int(done.read_text()) if done.exists() else 0
     files = sorted(folder.glob("*.safetensors"))
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return Ending(status, steps, noted["told"], digests, noted["calls"])
+    return Ending(process.exitcode, steps, noted["told"], digests, noted["calls"])
 
 
-def _child(base: Base, plan: Plan, notes: Path) -> int:
-    told: list[str] = []
+def _child(base: Base | None, plan: Plan, notes: Path) -> None:
+    base, told = base or _loaded(), []
     calls = Calls(plan.call)
 
     def on_step(step: int) -> None:
@@ -142,16 +147,18 @@ def _child(base: Base, plan: Plan, notes: Path) -> int:
         if plan.step == step:
             _die()
 
+    base.pipeline.to(plan.device)
+    base.runtime = Runtime(deterministic=True)
     try:
-        base.pipeline.to(plan.device)
-        with calls.counted(), deterministic(base.device):
+        with calls.counted():
             train(base, plan, told, on_step)
-        return 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
     finally:
         notes.write_text(json.dumps({"told": told, "calls": calls.count}))
+
+
+def _loaded() -> Base:
+    torch.set_num_threads(1)
+    return thin_pocket(load_base("pocket", "cpu"))
 
 
 class Calls:
@@ -205,12 +212,19 @@ class Calls:
         return open(file, mode, *rest)
 
 
-def _main() -> None:
-    torch.set_num_threads(1)
+def _main(method: str) -> None:
     plans = [Plan(**given) for given in json.load(sys.stdin)]
-    base = thin_pocket(load_base("pocket", "cpu"))
-    print(json.dumps([asdict(_forked(base, plan)) for plan in plans]))
+    context, base = get_context(method), _loaded() if method == "fork" else None
+    places = sorted({plan.folder for plan in plans})
+
+    def in_folder(place: str) -> list[Ending]:
+        return [_ended(plan, context, base) for plan in plans if plan.folder == place]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        run = map if base else pool.map  # a process with several threads should not fork
+        found = dict(zip(places, map(iter, run(in_folder, places)), strict=True))
+    print(json.dumps([asdict(next(found[plan.folder])) for plan in plans]))
 
 
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1])

@@ -30,7 +30,10 @@ def load_model(
     Raises:
         ConfigError: there is no such model, or bitsandbytes is missing.
     """
-    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    options: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "use_safetensors": True,  # else a folder's .bin files would be unpickled
+    }
     if quantize == "nf4":
         options["quantization_config"] = _nf4(dtype, double_quant)
         options["device_map"] = {"": device or own_device()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.core.llm import resuming
 from sbora_diffusion.core.llm.adapters import check_fits, read_adapter
 from sbora_diffusion.core.llm.config import LlmConfig, preset_names, read_preset
+from sbora_diffusion.core.llm.loading import load_model
 from sbora_diffusion.core.llm.prompts import Encoder, packed
 from sbora_diffusion.core.llm.training import train
 from sbora_diffusion.core.manifest import seal_folder
@@ -134,7 +136,19 @@ def killed_before_sealing(arguments: list[str]) -> None:
     cli.main(arguments)
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path, base, data, sbora):
+def weights_only_of_loads(monkeypatch) -> list[object]:
+    """Grows with each `torch.load`, whoever calls it."""
+    load, found = torch.load, []
+
+    def noted(*args, **options):
+        found.append(options.get("weights_only"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", noted)
+    return found
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path, base, data, sbora, monkeypatch):
     options = [base, data, *SETTINGS, "-sdropout=0.1", "--save-every", 2, "--device", "cpu"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert sbora("llm", "train", *options, "-o", whole)[0] == 0
@@ -146,8 +160,10 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path, base, data, sbora):
     assert (tmp_path / "resumed.checkpoints" / "checkpoint-4").is_dir()  # not sealed
     status, _, error = sbora("llm", "train", *options, "-o", resumed)
     assert status == 2 and "holds an unfinished training" in error
+    loads = weights_only_of_loads(monkeypatch)
     status, _, error = sbora("llm", "train", *options, "-o", resumed, "--resume")
     assert status == 0 and "going on from step 2" in error
+    assert loads and set(loads) == {True}
     assert factors(resumed) == factors(whole)
     assert (resumed / "sbora.json").read_bytes() == (whole / "sbora.json").read_bytes()
     assert not (tmp_path / "resumed.checkpoints").exists()
@@ -205,6 +221,16 @@ def test_adapters_load_in_a_fresh_process_after_one_import(tmp_path, base, data,
     with pytest.raises(Exception, match="was trained on another model"):
         check_fits(read_adapter(out), tiny_llama(width=128))
     assert set(load_file(out / "adapter_model.safetensors")) and (out / "sbora.json").is_file()
+
+
+def test_a_base_of_pickles_is_refused(tmp_path, base):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"no language model: .*safetensors"):
+        load_model(str(folder))
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, base, data, sbora):
