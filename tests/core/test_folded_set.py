@@ -64,7 +64,7 @@ def test_forty_orders_of_eight_concepts_give_the_same_bytes(library, dtype):
 @pytest.mark.parametrize(
     ("dtype", "count"), [(torch.float32, 1000), (torch.bfloat16, 100), (torch.float16, 100)]
 )
-def test_random_operations_equal_a_fresh_build_each_time(library, dtype, count):
+def test_random_operations_equal_a_fresh_build_each_time(library, dtype, count, record_property):
     rng, current = random.Random(1), {}
     layers = model(dtype)
     folded, builds, sizes = FoldedSet(layers), {}, set()
@@ -77,6 +77,7 @@ def test_random_operations_equal_a_fresh_build_each_time(library, dtype, count):
         assert digest(layers) == builds[key]
         sizes.add(len(current))
     assert len(sizes) > 7 and len(builds) > 0.7 * count
+    record_property("21 operations switched", count)
 
 
 def _random_operation(rng: random.Random, library: list[Concept], current: dict) -> None:

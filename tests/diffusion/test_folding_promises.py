@@ -144,7 +144,9 @@ def on_layers(concept: Concept, names: list[str]) -> Concept:
     return sealed(Concept(meta.model_copy(update=few), layers, concept.embeddings))
 
 
-def test_a_thousand_operations_on_the_pocket_equal_a_fresh_build_each_time(pocket, pocket_concepts):
+def test_a_thousand_operations_on_the_pocket_equal_a_fresh_build_each_time(
+    pocket, pocket_concepts, record_property
+):
     """Weights, word embeddings and vocabulary; of concepts on every ninth layer, for speed."""
     pipeline, before = pocket.pipeline, snapshot(pocket)
     layers = target_layers(pipeline)
@@ -175,10 +177,13 @@ def test_a_thousand_operations_on_the_pocket_equal_a_fresh_build_each_time(pocke
         assert state() == expected[key(pairs)]
     held.restore()
     assert_untouched(pocket, before)
+    record_property("21 operations switched", len(sets))
 
 
 @pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.reliability)])
-def test_random_operations_in_the_shapes_of_sd15_equal_a_fresh_build_each_time(sd15, count):
+def test_random_operations_in_the_shapes_of_sd15_equal_a_fresh_build_each_time(
+    sd15, count, record_property
+):
     layers = in_type(sd15[0], torch.bfloat16)
     folded, sets = FoldedSet(layers), list(operations(random.Random(2), sd15[1][3:7], count))
     expected = {}
@@ -190,6 +195,7 @@ def test_random_operations_in_the_shapes_of_sd15_equal_a_fresh_build_each_time(s
     for pairs in sets:
         folded.switch(pairs)
         assert digest_of(layers) == expected[key(pairs)]
+    record_property("21 operations switched", count)
 
 
 @pytest.mark.parametrize(

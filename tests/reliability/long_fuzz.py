@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--commit", help="where this is no checkout", default=None)
     options = parser.parse_args()
     name, commit = f"fuzz, seed {options.seed}", options.commit or commit_here()
-    command = " ".join(sys.argv[1:])
+    asked = f"--count {options.count} --seed {options.seed} --processes {options.processes}"
     figures, before = begun(options.record, name, commit)
     began, done = time.monotonic(), figures.files - figures.corpus
     for part in chunks(options.count, options.seed, done, options.processes, options.keep):
@@ -68,7 +68,7 @@ def main() -> int:
         seconds = before + time.monotonic() - began
         done = figures.files - figures.corpus
         found = {"asked": options.count, "done": done, **vars(figures)}
-        line = f"python -m tests.reliability.long_fuzz {command}"
+        line = f"python -m tests.reliability.long_fuzz {asked}"
         keep(options.record, name, line, seconds, commit, found)
         print(f"{done} of {options.count}, {len(figures.failures)} failures", flush=True)
     return 1 if figures.failures else 0

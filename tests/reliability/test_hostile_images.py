@@ -129,12 +129,13 @@ def test_large_pictures_take_no_more_than_a_stated_memory(tmp_path, record_prope
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
-def test_pictures_of_extreme_shapes_keep_their_pixels(tmp_path, size):
+def test_pictures_of_extreme_shapes_keep_their_pixels(tmp_path, size, record_property):
     image = Image.new("RGB", size, (7, 8, 9))
     image.putpixel((size[0] - 1, size[1] - 1), (1, 2, 3))
     read = open_image(_file(tmp_path, saved(image, "PNG")))
     assert read.size == size and read.getpixel((size[0] - 1, size[1] - 1)) == (1, 2, 3)
     assert max(size) == 1 or read.getpixel((0, 0)) == (7, 8, 9)
+    record_property("17 pictures of extreme shapes", 1)
 
 
 def test_sixteen_bits_in_colour_and_a_palette_with_alphas_keep_their_tones(tmp_path):

@@ -69,7 +69,9 @@ def test_the_newest_two_checkpoints_are_kept_and_read_as_they_were_written(tmp_p
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_read(tmp_path, file, damage):
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_read(
+    tmp_path, file, damage, record_property
+):
     told: list[str] = []
     folder = saved(tmp_path, 1, 2)
     older, newer = folder.paths()
@@ -79,15 +81,17 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_read(tmp_path, fil
     DAMAGES[damage](older / file)
     with pytest.raises(IntegrityError, match=f"{newer.name}/{file} is"):
         CheckpointFolder(tmp_path).newest(told.append)
+    record_property("3 damaged files of checkpoints named", 2)
 
 
-def test_each_byte_of_a_manifest_counts(tmp_path):
+def test_each_byte_of_a_manifest_counts(tmp_path, record_property):
     manifest = saved(tmp_path, 1).paths()[0] / MANIFEST
     whole = manifest.read_bytes()
     for place in range(len(whole)):
         manifest.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(IntegrityError, match=MANIFEST):
             CheckpointFolder(tmp_path).newest(lambda _: None)
+    record_property("3 changed bytes of a manifest refused", len(whole))
 
 
 def test_another_format_is_refused_and_not_passed_over(tmp_path, monkeypatch):
@@ -229,7 +233,9 @@ def poison(monkeypatch, kind, method, when, act):
 
 
 @pytest.mark.parametrize("names", [("plushbear",), ("plushbear", "baseballcap")], ids=len)
-def test_a_gradient_that_is_not_finite_is_never_taken(base, tmp_path, monkeypatch, names):
+def test_a_gradient_that_is_not_finite_is_never_taken(
+    base, tmp_path, monkeypatch, names, record_property
+):
     kind = GroupTraining if len(names) > 1 else ConceptTraining
     poison(monkeypatch, kind, "_clip", 3, lambda _, norms: norms * float("inf"))
     plan = Plan(str(tmp_path), names)
@@ -239,10 +245,11 @@ def test_a_gradient_that_is_not_finite_is_never_taken(base, tmp_path, monkeypatc
     told: list[str] = []
     train(base, dataclasses.replace(plan, resume=True), told)
     assert "going on from step 2 of 4" in told
+    record_property("15 trainings stopped at what is not finite", 1)
 
 
 def test_a_weight_that_is_not_finite_is_seen_in_the_next_step_and_not_saved(
-    base, tmp_path, monkeypatch
+    base, tmp_path, monkeypatch, record_property
 ):
     def break_factor(training, _):
         with torch.no_grad():
@@ -256,11 +263,12 @@ def test_a_weight_that_is_not_finite_is_seen_in_the_next_step_and_not_saved(
         poison(monkeypatch, ConceptTraining, "_after_step", 2, break_factor)
         train(base, Plan(str(tmp_path / "b"), every=2), [])
     assert not list((tmp_path / "b").rglob("step_*"))
+    record_property("15 trainings stopped at what is not finite", 2)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError()], ids=repr)
 def test_out_of_memory_saves_the_last_step_and_says_what_to_lower(
-    base, tmp_path, monkeypatch, error
+    base, tmp_path, monkeypatch, error, record_property
 ):
     def fail(*_):
         raise error
@@ -277,6 +285,7 @@ def test_out_of_memory_saves_the_last_step_and_says_what_to_lower(
     assert "going on from step 2 of 4" in told
     file = "plushbear.safetensors"
     assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+    record_property("16 trainings without memory saved and resumed exactly", 1)
 
 
 def test_ctrl_c_lets_the_step_end_and_says_how_to_go_on(base, tmp_path):
