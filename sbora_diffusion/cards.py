@@ -91,7 +91,7 @@ def read_card(path: Path, name: str | None = None) -> "tuple[Concept, Card]":
     try:
         stamp = path.stat()
     except OSError as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror}") from error
+        raise ResourceError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     return _read_once(path, name, stamp.st_mtime_ns, stamp.st_size)
 
 

@@ -129,7 +129,9 @@ class JobStore:
             (unfinished / "state.json").write_text(json.dumps(asdict(Standing())))
             unfinished.rename(self.folder / name)
         except OSError as error:
-            raise ResourceError(f"{self.folder} cannot be written: {error.strerror}") from error
+            raise ResourceError(
+                f"{self.folder} cannot be written: {error.strerror}", "make room there"
+            ) from error
         self._drop_old()
         return self.get(name)
 

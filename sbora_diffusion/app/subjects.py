@@ -80,7 +80,9 @@ def save_subject(
         _write(unfinished, settings, pictures, captions)
         unfinished.rename(folder)
     except OSError as error:
-        raise ResourceError(f"{folder} cannot be written: {error.strerror}") from error
+        raise ResourceError(
+            f"{folder} cannot be written: {error.strerror}", "make room there"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

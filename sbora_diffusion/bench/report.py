@@ -34,9 +34,11 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
+        raise FormatError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
+        raise FormatError(
+            f"{path} is not JSON: {error}", "give what `sbora bench speed` wrote"
+        ) from error
     if not isinstance(record, dict) or record.get("what") != WHAT:
         raise FormatError(f"{path} is not a record of `sbora bench speed`", "give its --out")
     return record

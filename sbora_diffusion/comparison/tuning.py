@@ -29,7 +29,9 @@ def run_tuning(work: Work) -> None:
         ConflictError: the record is of another setting.
     """
     if not work.subjects:
-        raise ConfigError(f"preset {work.preset.name} names no subjects to tune on")
+        raise ConfigError(
+            f"preset {work.preset.name} names no subjects to tune on", "set tuning.subjects"
+        )
     jobs = work.part.share(trials_of(work.preset, work.entries))
     todo = [(n, k, changes, left) for n, k, changes in jobs if (left := _left(work, n, k, changes))]
     if not todo:

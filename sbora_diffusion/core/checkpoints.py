@@ -157,7 +157,9 @@ def _encoded(content: Content) -> dict[str, bytes]:
     for table, tensors in content.tensors.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"{table} {name} is not finite and is not saved")
+                raise NonFiniteError(
+                    f"{table} {name} is not finite and is not saved", "lower the rates"
+                )
         files[f"{table}.safetensors"] = encode(tensors, {})
     entries = {name: entry_of(data) for name, data in files.items()}
     files[MANIFEST] = manifest_text(entries, FORMAT).encode()

@@ -14,6 +14,7 @@ from sbora_diffusion.core.storage import sync_folder
 
 TEMPORARY = ".sbora-{}-"
 """What unfinished folders are called: with the number of the process that makes them."""
+_REMEDY = "make room there, or choose another folder"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -33,7 +34,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         unfinished = folder.parent / name
         unfinished.mkdir()  # tempfile's would be 0700 whatever the umask
     except OSError as error:
-        raise ResourceError(f"{folder} cannot be written: {error.strerror}") from error
+        raise ResourceError(f"{folder} cannot be written: {error.strerror}", _REMEDY) from error
     try:
         fill(unfinished)
         settle(unfinished)
@@ -41,7 +42,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ResourceError(f"{folder} cannot be written: {reason}") from error
+        raise ResourceError(f"{folder} cannot be written: {reason}", _REMEDY) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

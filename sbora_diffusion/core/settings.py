@@ -22,9 +22,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}", "mend that line") from error
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def validate(model: type[Settings], values: Mapping[str, Any], source: str) -> S
             raise ConfigError(f"{source}: key {key!r} is missing", f"add {key} = …") from error
         message = first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
-        raise ConfigError(f"{source}: {key}: {message}{found}") from error
+        raise ConfigError(f"{source}: {key}: {message}{found}", f"change {key}") from error
 
 
 def nearest(key: str, known: Sequence[str], what: str = "keys") -> str:

@@ -180,7 +180,7 @@ def _checked(
     computed = [_computed(stack, before) for stack in stacks]
     totals = [one.total for one in computed if one.total is not None]
     if totals and not math.isfinite(torch.stack(totals).sum()):
-        raise NonFiniteError("a folded weight is not finite")
+        raise NonFiniteError("a folded weight is not finite", "lower the weights of the concepts")
     for one in computed:
         for digest, blocks in one.blocks.items():
             after[digest] |= blocks

@@ -225,7 +225,9 @@ def _read_folder(path: Path, options: dict) -> Any:
     except SboraError:
         raise
     except Exception as error:
-        raise FormatError(f"base {path} cannot be read: {error}") from error
+        raise FormatError(
+            f"base {path} cannot be read: {error}", "give another, or fetch it again"
+        ) from error
 
 
 def _pipeline_of(folder: Path) -> Any:

@@ -184,7 +184,7 @@ def generate(
         raise ConfigError(f"num and steps must be 1 or more, got {num} and {steps}")
     most = base.pipeline.scheduler.config.num_train_timesteps
     if steps > most:
-        raise ConfigError(f"the base samples in at most {most} steps, got {steps}")
+        raise ConfigError(f"the base samples in at most {most} steps, got {steps}", "take fewer")
     seeds = [seed + k for k in range(num)]
     return draw(base, [prompt] * num, seeds, steps, guidance, negative_prompt, on_step, sampler)
 

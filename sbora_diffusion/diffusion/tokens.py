@@ -25,6 +25,7 @@ ENCODERS = {
 }
 """Text encoder → its tokenizer, as diffusers' pipelines name them."""
 FIRST = "text_encoder"
+_OWN_BASE = "give the base that it was trained on"
 
 
 def vector_names(token: str, count: int) -> list[str]:
@@ -114,7 +115,9 @@ def _by_encoder(
     for name, rows in vectors.items():
         encoder, token = _split(name)
         if encoder not in split:
-            raise FormatError(f"{token} has vectors for {encoder}, which the base does not have")
+            raise FormatError(
+                f"{token} has vectors for {encoder}, which the base does not have", _OWN_BASE
+            )
         split[encoder][token] = rows
     return split
 
@@ -155,7 +158,9 @@ class _EncoderTokens:
         for token, rows in vectors.items():
             _refuse_known(self._base_tokenizer, token)
             if rows.shape[1] != width:
-                raise FormatError(f"{token} is {rows.shape[1]} wide, the base's words are {width}")
+                raise FormatError(
+                    f"{token} is {rows.shape[1]} wide, the base's words are {width}", _OWN_BASE
+                )
 
     def _rows(self, placeholders: Tensor) -> Tensor:
         """The base's rows, then these: a view of a table with spare rows at its end."""

@@ -109,7 +109,9 @@ def read_adapted(path: Path, method: str) -> Adapted:
     tensors, metadata = decode(path)
     if list(metadata) != [KEY + method]:
         found = [key.removeprefix(KEY) for key in metadata if key.startswith(KEY)]
-        raise FormatError(f"{path} is a file of {found or 'something else'}, not of {method!r}")
+        raise FormatError(
+            f"{path} is a file of {found or 'something else'}, not of {method!r}", _REMEDY
+        )
     meta = _meta(path, metadata[KEY + method])
     if meta.method != method:
         raise FormatError(f"{path} says that it is of {meta.method!r}, not of {method!r}", _REMEDY)

@@ -94,7 +94,9 @@ class EditedBase:
         for name, parts in concept.layers.items():
             shape = _shape(parts)
             if name not in self.own or shape != list(self.own[name].shape):
-                raise FormatError(f"{meta.name!r}: the base has no layer {name} of {shape}")
+                raise FormatError(
+                    f"{meta.name!r}: the base has no layer {name} of {shape}", "give its own base"
+                )
 
 
 class Summed(EditedBase):

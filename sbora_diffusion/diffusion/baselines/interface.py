@@ -106,7 +106,9 @@ class Method(ABC, Generic[T]):
         config = self.config if config is None else config
         slots = range(len(subjects)) if slots is None else slots
         if len(slots) != len(subjects):
-            raise ConfigError(f"{len(slots)} slots for {len(subjects)} subjects")
+            raise ConfigError(
+                f"{len(slots)} slots for {len(subjects)} subjects", "give one for each"
+            )
         size = at_once if shared_settings(config) is not None else 1
         pairs = list(zip(subjects, slots, strict=True))
         trained: list[T] = []
@@ -168,7 +170,7 @@ class Method(ABC, Generic[T]):
         """
         merge = self._merge(how)
         if not concepts:
-            raise ConfigError(f"{self.title}: no concepts to merge")
+            raise ConfigError(f"{self.title}: no concepts to merge", "name at least one")
         if weight is None:
             weight = 1 / len(concepts) if merge.weight is None else merge.weight
         return merge.into(base, [(concept, weight) for concept in concepts])

@@ -99,7 +99,10 @@ class Sbora(Method[Concept]):
     def read(self, path: Path) -> Concept:
         concept = read_concept(path)
         if concept.meta.variant != self.variant:
-            raise FormatError(f"{path} is SBoRA-{concept.meta.variant.upper()}, not {self.title}")
+            raise FormatError(
+                f"{path} is SBoRA-{concept.meta.variant.upper()}, not {self.title}",
+                "train it again",
+            )
         return concept
 
 
