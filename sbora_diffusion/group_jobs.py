@@ -99,7 +99,7 @@ def group_size(base: Base, config: TrainConfig, count: int, at_once: int | None)
     if at_once is None:
         return 1 if alone or base.device.type == "cpu" else max(1, min(count, MOST_AT_ONCE))
     if at_once < 1 or (at_once > 1 and alone):
-        allowed = "1 with dropout or fp16" if alone else "1 or more"
+        allowed = "1 with dropout, fp16 or aspect buckets" if alone else "1 or more"
         raise ConfigError(f"--at-once must be {allowed}, got {at_once}", "leave it out")
     return at_once
 

@@ -29,7 +29,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "rate_tokens", "rate_text_encoder", "rate_unet", "schedule", "warmup_steps",
         "weight_decay", "max_gradient_norm",
     ),
-    "Pictures": ("resolution", "copies", "flip"),
+    "Pictures": ("resolution", "aspect_buckets", "copies", "flip"),
     "Keeping what the base knows": (
         "preservation", "preservation_rows", "prior_weight", "prior_images",
     ),

@@ -42,6 +42,11 @@ class TrainConfig(BaseModel):
         None, ge=1, le=16, description="placeholder vectors; 4, or all of a longer class noun's"
     )
     resolution: int | None = Field(None, ge=32, le=4096, description="the base's by default")
+    aspect_buckets: bool = Field(
+        False,
+        description="pictures keep about their aspect, at the area of the square; without, they "
+        "are cut to squares",
+    )
     copies: int = Field(8, ge=1, le=256, description="cached crops made from each reference")
     flip: bool = True
     masked_loss: bool = Field(

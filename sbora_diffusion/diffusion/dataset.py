@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sbora_diffusion.core.errors import DataError, SboraError
+from sbora_diffusion.diffusion.buckets import Size, bucket_of
 from sbora_diffusion.diffusion.concepts import Subject
 
 MAX_PIXELS = 64_000_000  # checked before decoding: a small file can hold a huge picture
@@ -98,12 +99,14 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_square(image: Image.Image, size: int, zoom: float, rng: random.Random) -> Image.Image:
-    """A random square window of `zoom` times the shorter side, resized to size × size."""
-    side = max(1, round(min(image.size) * zoom))
-    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+def crop(image: Image.Image, size: Size, zoom: float, rng: random.Random) -> Image.Image:
+    """A random window of `zoom` times the largest one with this size's aspect, resized to it."""
+    height, width = size
+    across = max(1, round(min(image.width, image.height * width / height) * zoom))
+    down = max(1, round(min(image.height, image.width * height / width) * zoom))
+    left, top = rng.randint(0, image.width - across), rng.randint(0, image.height - down)
+    box = (left, top, left + across, top + down)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -112,42 +115,51 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def load_examples(
-    subject: Subject, size: int, copies: int, flip: bool, seed: int, masked: bool = False
+    subject: Subject,
+    side: int,
+    copies: int,
+    flip: bool,
+    seed: int,
+    masked: bool = False,
+    unit: int | None = None,
 ) -> list[Example]:
-    """All training pictures: every reference as a centred square and as random crops.
+    """All training pictures: every reference centred and as random crops.
 
-    The first copy is the centred square, the second its mirror image if `flip`, the others crops.
+    The first copy is the centred picture, the second its mirror image if `flip`, the others crops.
 
     Args:
-        size: pixels a side.
+        side: of squares, in pixels.
         copies: pictures made from each reference; every second one is mirrored if `flip`.
         seed: of the crops.
         masked: whether transparency says what counts.
+        unit: pictures keep about their aspect, in sizes of about the square's area whose sides are
+            multiples of so many pixels; squares without.
     """
     rng, examples = random.Random(seed), []
     for path in subject.images:
         image, mask = open_image(path), open_mask(path) if masked else None
+        size = bucket_of((image.height, image.width), side, unit) if unit else (side, side)
         captions = _captions(subject, path)
         for copy in range(copies):
             before = rng.getstate()
-            square = _square(image, size, copy, flip, rng)
+            picture = _copy(image, size, copy, flip, rng)
             seen = None
             if mask is not None:
                 rng.setstate(before)  # the same window
-                seen = _counts(_square(mask, size, copy, flip, rng))
-            examples.append(Example(to_tensor(square), captions, seen))
+                seen = _counts(_copy(mask, size, copy, flip, rng))
+            examples.append(Example(to_tensor(picture), captions, seen))
     return examples
 
 
-def _square(
-    image: Image.Image, size: int, copy: int, flip: bool, rng: random.Random
+def _copy(
+    image: Image.Image, size: Size, copy: int, flip: bool, rng: random.Random
 ) -> Image.Image:
-    square = (
-        crop_square(image, size, rng.uniform(0.8, 1.0), rng)
-        if copy > flip  # with `flip` the first two are the square and its mirror image
-        else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    picture = (
+        crop(image, size, rng.uniform(0.8, 1.0), rng)
+        if copy > flip  # with `flip` the first two are the centred one and its mirror image
+        else ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     )
-    return ImageOps.mirror(square) if flip and copy % 2 else square
+    return ImageOps.mirror(picture) if flip and copy % 2 else picture
 
 
 def _counts(mask: Image.Image) -> Tensor:

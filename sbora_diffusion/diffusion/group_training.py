@@ -38,9 +38,10 @@ def shared_settings(config: TrainConfig) -> tuple[Any, ...] | None:
     """What concepts must agree in to train together; None if this recipe trains alone.
 
     Dropout draws one mask for the whole batch, and fp16's loss scale follows all its gradients:
-    with either, a concept would depend on the others.
+    with either, a concept would depend on the others. With aspect buckets their pictures have other
+    sizes in the same step.
     """
-    if config.dropout > 0.0 or config.mixed_precision == "fp16":
+    if config.dropout > 0.0 or config.mixed_precision == "fp16" or config.aspect_buckets:
         return None
     return tuple(sorted(config.model_dump(mode="json", exclude=_OWN).items()))
 
@@ -167,7 +168,7 @@ def _refuse_unshared(lessons: Sequence[Lesson]) -> None:
     if len(shared) != 1 or None in shared:
         raise ConfigError(
             "these recipes cannot train at once: they differ in more than rank and data, or have "
-            "dropout or fp16",
+            "dropout, fp16 or aspect buckets",
             "train them one after another, --at-once 1",
         )
     settings = [lesson.subject.settings for lesson in lessons]

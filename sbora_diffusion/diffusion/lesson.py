@@ -11,6 +11,7 @@ from sbora_diffusion.core.allocation import check_capacity
 from sbora_diffusion.core.concept import Concept, ConceptMeta, LayerFactor, TokenMeta, sealed
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.bases import DTYPES, Base
+from sbora_diffusion.diffusion.buckets import UNIT, Size
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import Example, load_examples, to_tensor
@@ -27,7 +28,7 @@ USUAL_VECTORS, MOST_VECTORS = 4, 8
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Batches of encoded pictures, drawn by one generator.
+    """Batches of encoded pictures of one size, drawn by one generator.
 
     Attributes:
         latents: (N, C, H, W), scaled, on the CPU.
@@ -39,6 +40,10 @@ class Stream:
     captions: list[tuple[str, ...]]
     generator: Generator
     masks: Tensor | None = None
+
+    @property
+    def pictures(self) -> int:
+        return len(self.captions)
 
     def draw(self, objective: Objective, batch_size: int) -> tuple[Draw, list[str]]:
         """The next batch and its captions."""
@@ -65,6 +70,10 @@ class Mindful:
     share: float
 
     @property
+    def pictures(self) -> int:
+        return self.own.pictures
+
+    @property
     def generator(self) -> Generator:
         return self.own.generator
 
@@ -81,6 +90,31 @@ class Mindful:
         return Draw(*map(torch.cat, zip(own, others, strict=True))), words + captions
 
 
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """Batches of pictures of several sizes, each batch of one. How often it is a size's turn goes
+    by its pictures, so that all are seen as often; a few pictures fill a batch by repetition.
+
+    Attributes:
+        streams: one for each size, which draw from one generator.
+    """
+
+    streams: list[Stream | Mindful]
+
+    @property
+    def generator(self) -> Generator:
+        return self.streams[0].generator
+
+    def draw(self, objective: Objective, batch_size: int) -> tuple[Draw, list[str]]:
+        """The next batch and its captions."""
+        shares = torch.tensor([float(stream.pictures) for stream in self.streams])
+        chosen = int(torch.multinomial(shares, 1, generator=self.generator))
+        return self.streams[chosen].draw(objective, batch_size)
+
+
+Batches = Stream | Mindful | Buckets
+
+
 class Lesson:
     """One subject, its recipe and its range.
 
@@ -95,7 +129,7 @@ class Lesson:
         widths: canonical name → how many indices the layer has.
         initial: text encoder → (vectors, dim), what the placeholder starts from there.
         prior: pictures of the bare class noun.
-        preserved: what the base makes of generic prompts.
+        preserved: size of pictures → what the base makes of generic prompts in that size.
 
     Raises:
         CapacityError, DataError, ConfigError: the base is as it was.
@@ -104,10 +138,11 @@ class Lesson:
     def __init__(self, base: Base, subject: Subject, config: TrainConfig, start: int):
         self.base, self.subject, self.config, self.start = base, subject, config, start
         self.fingerprint = base.fingerprint
-        size = config.resolution or base.resolution
+        unit = UNIT * base.pipeline.vae_scale_factor if config.aspect_buckets else None
         self.examples = load_examples(
-            subject, size, config.copies, config.flip, config.seed, config.masked_loss
-        )
+            subject, config.resolution or base.resolution, config.copies, config.flip, config.seed,
+            config.masked_loss, unit,
+        )  # fmt: skip
         self.initial = {
             encoder.model: self._initial(encoder) for encoder in base.kind.present(base.pipeline)
         }
@@ -115,7 +150,8 @@ class Lesson:
         self.widths = {n: layer_width(layer, config.variant) for n, layer in self.layers.items()}
         check_capacity(self.widths, start, start + config.rank)
         self.prior = self._prior_examples() if config.prior_weight else []
-        self.preserved = preserved_examples(base, size) if config.preservation else None
+        sizes = _by_size(self.examples) if config.preservation else {}
+        self.preserved = {size: preserved_examples(base, size) for size in sizes}
 
     def _initial(self, encoder: Encoder) -> Tensor:
         noun = self.subject.settings.class_noun
@@ -123,15 +159,20 @@ class Lesson:
             return word_vectors(self.base.pipeline, noun, encoder.model)
         return initial_vectors(self.base, noun, self.config.vectors, encoder.model)
 
-    def streams(self) -> list[Stream | Mindful]:
+    def streams(self) -> list[Batches]:
         """The subject's own batches and, where the recipe asks for them, those of its class; all
         draw from one generator."""
-        generator, config = Generator().manual_seed(self.config.seed), self.config
-        subject = self._stream(self.examples, generator)
-        own: Stream | Mindful = subject
-        if self.preserved is not None:
-            own = Mindful(subject, self.preserved, config.preservation_rows, config.preservation)
+        generator = Generator().manual_seed(self.config.seed)
+        sizes = _by_size(self.examples).items()
+        buckets = [self._own(size, examples, generator) for size, examples in sizes]
+        own = buckets[0] if len(buckets) == 1 else Buckets(buckets)
         return [own, self._stream(self.prior, generator)] if self.prior else [own]
+
+    def _own(self, size: Size, examples: list[Example], generator: Generator) -> Stream | Mindful:
+        config, own = self.config, self._stream(examples, generator)
+        if not self.preserved:
+            return own
+        return Mindful(own, self.preserved[size], config.preservation_rows, config.preservation)
 
     def _stream(self, examples: list[Example], generator: Generator) -> Stream:
         latents = encode(self.base, torch.stack([example.pixels for example in examples]))
@@ -164,7 +205,8 @@ class Lesson:
         """All texts of its batches."""
         examples = [*self.examples, *self.prior]
         own = [caption for example in examples for caption in example.captions]
-        return [*own, *(self.preserved.captions if self.preserved else ())]
+        generic = [caption for kept in self.preserved.values() for caption in kept.captions]
+        return [*own, *generic]
 
     def _meta(self) -> ConceptMeta:
         config, settings, start = self.config, self.subject.settings, self.start
@@ -186,6 +228,14 @@ class Lesson:
             tokens=(TokenMeta(token=settings.token, initializer=settings.class_noun),),
             training=config.model_dump(mode="json"),
         )
+
+
+def _by_size(examples: list[Example]) -> dict[Size, list[Example]]:
+    found: dict[Size, list[Example]] = {}
+    for example in examples:
+        height, width = example.pixels.shape[-2:]
+        found.setdefault((height, width), []).append(example)
+    return found
 
 
 def _masks(examples: list[Example], latents: Tensor) -> Tensor | None:

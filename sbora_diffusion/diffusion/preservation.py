@@ -13,6 +13,7 @@ import torch
 from torch import Generator
 
 from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.buckets import Size
 from sbora_diffusion.diffusion.generic import generic_prompts
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.pipeline import AT_ONCE, draw_latents
@@ -24,7 +25,7 @@ PICTURES, NOISED, STEPS = 16, 6, 10
 SEED = 0
 """The same examples for every concept of a base, whatever its own seed."""
 
-_KNOWN: WeakKeyDictionary[Base, dict[int, "Preserved"]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Base, dict[Size, "Preserved"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +47,12 @@ class Preserved:
         return chosen, [self.captions[row] for row in rows.tolist()]
 
 
-def preserved_examples(base: Base, size: int) -> Preserved:
+def preserved_examples(base: Base, size: Size) -> Preserved:
     """The examples of a base; drawn once for each base that is loaded, and each size.
 
     Args:
         base: unadapted, nothing folded into it.
-        size: height and width in pixels, those of the subject's pictures: they share a batch.
+        size: in pixels, that of the subject's pictures: they share a batch.
     """
     known = _KNOWN.setdefault(base, {})
     if size not in known:
@@ -59,7 +60,7 @@ def preserved_examples(base: Base, size: int) -> Preserved:
     return known[size]
 
 
-def _made(base: Base, size: int) -> Preserved:
+def _made(base: Base, size: Size) -> Preserved:
     prompts = generic_prompts(PICTURES, SEED)
     objective = base.kind.objective(base.pipeline.scheduler.config, 0.0, None)
     texts = Texts(base)
@@ -68,7 +69,7 @@ def _made(base: Base, size: int) -> Preserved:
     for start in range(0, PICTURES, AT_ONCE):
         some = prompts[start : start + AT_ONCE]
         seeds = range(start, start + len(some))
-        latents = draw_latents(base, some, seeds, STEPS, size=(size, size)).cpu()
+        latents = draw_latents(base, some, seeds, STEPS, size=size).cpu()
         for _ in range(NOISED):
             drawn = objective.draw(latents, generator)
             parts.append(_explained(base, texts, objective, drawn, some))

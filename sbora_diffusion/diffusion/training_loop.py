@@ -15,7 +15,7 @@ from sbora_diffusion.core.checkpoints import Content
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once, device_obstacle
-from sbora_diffusion.diffusion.lesson import Lesson, Mindful, Stream
+from sbora_diffusion.diffusion.lesson import Batches, Lesson
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.optimizers import optimizer_named
 from sbora_diffusion.diffusion.processes import accelerator_for, own_rows, shared
@@ -260,13 +260,13 @@ class TrainingLoop(ABC):
         predicted = self.base.predicted(denoiser, latents, noised.timesteps, told)
         return objective.errors(predicted, noised).view(len(self.lessons), -1).mean(1)
 
-    def _batches(self, objective: Objective, streams: list[list[Stream | Mindful]]) -> list[Batch]:
+    def _batches(self, objective: Objective, streams: list[list[Batches]]) -> list[Batch]:
         """The next batch of the lessons' own pictures and, if there are any, of prior ones."""
         own, *prior = [self._batch(objective, kind) for kind in zip(*streams, strict=True)]
         share = self.config.prior_weight
         return [own, *(batch._replace(weight=share * batch.weight) for batch in prior)]
 
-    def _batch(self, objective: Objective, streams: Sequence[Stream | Mindful]) -> Batch:
+    def _batch(self, objective: Objective, streams: Sequence[Batches]) -> Batch:
         drawn = [stream.draw(objective, self.config.batch_size) for stream in streams]
         ids = torch.stack([self.texts.ids(text) for _, texts in drawn for text in texts])
         batch = Batch(ids, *map(torch.cat, zip(*(draw for draw, _ in drawn), strict=True)))

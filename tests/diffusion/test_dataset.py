@@ -15,7 +15,7 @@ from sbora_diffusion.diffusion.concepts import ConceptSettings, Subject
 from sbora_diffusion.diffusion.dataset import (
     MAX_PIXELS,
     TEMPLATES,
-    crop_square,
+    crop,
     load_examples,
     open_image,
     to_tensor,
@@ -236,7 +236,7 @@ def test_without_flip_no_two_copies_are_the_same(tmp_path):
 def test_a_crop_stays_inside_the_picture():
     image = picture(50, 20)
     for seed in range(30):
-        window = np.asarray(crop_square(image, 16, 1.0, random.Random(seed)))
+        window = np.asarray(crop(image, (16, 16), 1.0, random.Random(seed)))
         assert window.shape == (16, 16, 3) and (window[..., 2] == 60).all()
 
 

@@ -25,6 +25,7 @@ OPTIONS = {
     "prodigy": {"optimizer": "prodigy"},
     "ema": {"ema": 0.9},
     "masked": {"masked_loss": True},
+    "buckets": {"aspect_buckets": True, "masked_loss": True, "resolution": 64, "steps": 6},
     "checkpointing": {"gradient_checkpointing": True, "mixed_precision": "bf16"},
     "cached": {"rate_tokens": 0.0, "rate_text_encoder": 0.0},
 }
@@ -37,7 +38,7 @@ def base(pocket):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Subject:
-    """Two pictures, the right half of the first one transparent."""
+    """Two pictures, the right half of the first one transparent, the second twice as wide as high."""
     folder = tmp_path_factory.mktemp("subject") / "plushbear"
     folder.mkdir()
     shutil.copy(CONCEPTS / "plushbear" / "concept.toml", folder)
@@ -45,7 +46,8 @@ def subject(tmp_path_factory) -> Subject:
     image = Image.open(first).convert("RGBA")
     image.paste((255, 255, 255, 0), (image.width // 2, 0, image.width, image.height))
     image.save(folder / "1.png")
-    shutil.copy(second, folder / f"2{second.suffix}")
+    wide = Image.open(second).convert("RGB")
+    wide.crop((0, 0, wide.width, wide.height // 2)).save(folder / "2.png")
     return read_subject(folder)
 
 

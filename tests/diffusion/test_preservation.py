@@ -30,7 +30,7 @@ def _few_pictures(pocket):
 
 @pytest.fixture(scope="module")
 def preserved(pocket) -> Preserved:
-    return preserved_examples(pocket, pocket.resolution)
+    return preserved_examples(pocket, (pocket.resolution, pocket.resolution))
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_an_explained_prediction_is_the_target_of_the_same_noised_latents(predic
 def test_the_bare_base_is_right_on_every_example(pocket, preserved):
     assert len(preserved.captions) == len(preserved.examples.latents) >= ROWS
     assert mean_error(pocket, preserved) < 1e-8
-    assert preserved_examples(pocket, pocket.resolution) is preserved
+    assert preserved_examples(pocket, (pocket.resolution, pocket.resolution)) is preserved
 
 
 def test_a_concept_that_learns_them_leaves_generic_prompts_nearer_to_the_base(pocket, preserved):
@@ -135,5 +135,5 @@ def test_pictures_of_another_resolution_get_generic_examples_of_theirs(pocket):
         assert next(training.steps()).loss > 0
     finally:
         training.close()
-    small, own = (preserved_examples(pocket, s).examples.latents.shape for s in (size, 2 * size))
+    small, own = (preserved_examples(pocket, (s, s)).examples.latents.shape for s in (size, 2 * size))
     assert own[2:] == (2 * small[2], 2 * small[3])

@@ -25,6 +25,7 @@ _COMMON: dict[str, Any] = {
     "dropout": 0.0,
     "vectors": None,
     "resolution": None,
+    "aspect_buckets": False,
     "copies": 8,
     "flip": True,
     "optimizer": "adamw",
