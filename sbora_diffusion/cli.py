@@ -28,6 +28,7 @@ from sbora_diffusion.console import (
     GraphsOption,
     JsonOption,
     LibraryOption,
+    OffloadOption,
     SetOption,
     open_base,
     read_settings,
@@ -110,6 +111,7 @@ def train(
     graphs: GraphsOption = True,
     compiled: CompileOption = False,
     deterministic: DeterministicOption = False,
+    offload: OffloadOption = False,
     library: LibraryOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -134,7 +136,8 @@ def train(
     slots = slots_of([subject.settings.name for subject in subjects], slot, worker)
     several, subjects = len(subjects) > 1, worker.share(subjects)
     device, known = worker.device(device), Library(library)
-    model = open_base(base or "pocket", device, dtype, graphs, compiled, deterministic)
+    how_run = {"deterministic": deterministic, "offloaded": offload}
+    model = open_base(base or "pocket", device, dtype, graphs, compiled, **how_run)
     if several:
         done = _train_many(console, model, subjects, recipe, known, place, at_once, slots, how)
     else:

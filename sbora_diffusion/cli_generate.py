@@ -16,6 +16,7 @@ from sbora_diffusion.console import (
     GraphsOption,
     JsonOption,
     LibraryOption,
+    OffloadOption,
     SetOption,
     open_base,
     read_settings,
@@ -71,6 +72,7 @@ def generate(
     dtype: DtypeOption = Dtype.fp32,
     graphs: GraphsOption = True,
     compiled: CompileOption = False,
+    offload: OffloadOption = False,
     library: LibraryOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -86,7 +88,7 @@ def generate(
     files = new_pictures(output, drawing.num)
     boxes = _boxes(region or [], auto_regions)
     pipeline, active, called = _prepare(
-        console, prompt, concept or [], base, Library(library), (device, dtype, graphs, compiled)
+        console, prompt, concept or [], base, Library(library), (device, dtype, graphs, compiled, offload)
     )
     sampler, placed = _sampler(pipeline, boxes, auto_regions)
     with console.progress("drawing") as bar:
@@ -104,7 +106,7 @@ def _prepare(
     specs: list[str],
     reference: str | None,
     library: Library,
-    running: tuple[str | None, Dtype, bool, bool],
+    running: tuple[str | None, Dtype, bool, bool, bool],
 ) -> tuple["ConceptPipeline", "list[Weighted]", "list[Source]"]:
     """The base with the concepts that --concept and the prompt ask for; what these are, with their
     weights; and those among them that only the prompt asks for."""

@@ -75,6 +75,10 @@ DeterministicOption = Annotated[
         help="On CUDA, add in a fixed order, so that the same training gives the same bytes",
     ),
 ]
+OffloadOption = Annotated[
+    bool,
+    typer.Option("--offload", help="Let models wait in the CPU's memory until they work"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
 
 
@@ -173,13 +177,15 @@ def open_base(
     dtype: str = "fp32",
     graphs: bool = True,
     compiled: bool = False,
+    *,
     deterministic: bool = False,
+    offloaded: bool = False,
 ) -> "Base":
     """Load a base, quietly."""
     quiet_libraries()
     from sbora_diffusion.diffusion import bases, runtime
 
-    how = runtime.Runtime(graphs, compiled, deterministic)
+    how = runtime.Runtime(graphs, compiled, deterministic, offloaded)
     return bases.load_base(reference, device, dtype, how)
 
 

@@ -43,7 +43,7 @@ def environment(base: Base) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": team.size(),
         "device": f"{device.type} {gpu}".strip(),
-        "dtype": str(base.pipeline.unet.dtype).removeprefix("torch."),
+        "dtype": str(base.denoiser.dtype).removeprefix("torch."),
         "compiled": base.runtime.compiled,
         "graphs": base.repeats,
         "deterministic": on_gpu and base.runtime.deterministic,

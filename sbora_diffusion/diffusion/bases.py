@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from sbora_diffusion.diffusion.families import (
     family_of,
 )
 from sbora_diffusion.diffusion.graphs import device_obstacle
+from sbora_diffusion.diffusion.offloading import Offloading
 from sbora_diffusion.diffusion.runtime import USUAL, Runtime, compile_in_place
 from sbora_diffusion.diffusion.targets import adaptable, target_layers
 from sbora_diffusion.diffusion.tokens import text_encoders
@@ -45,6 +47,7 @@ class Base:
         folded: whether concepts are folded into its weights now.
         runtime: how its models are run.
         recorded: its denoiser's calls while pictures are drawn, as CUDA graphs.
+        offloading: which of its models wait in the CPU's memory, if any do.
     """
 
     reference: str
@@ -53,6 +56,7 @@ class Base:
     folded: bool = False
     runtime: Runtime = USUAL
     recorded: RecordedUNet = field(default_factory=RecordedUNet, init=False, repr=False)
+    offloading: Offloading | None = field(default=None, init=False, repr=False)
 
     @property
     def kind(self) -> Family:
@@ -106,7 +110,18 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device
+        """Where its models work."""
+        return self.offloading.device if self.offloading else self.denoiser.device
+
+    def keep_on_device(self, names: Collection[str]) -> None:
+        """Let these models stay on the device, and all others wait, where models are offloaded."""
+        if self.offloading:
+            self.offloading.keep(names)
+
+    def rest(self) -> None:
+        """Let models that are offloaded wait again."""
+        if self.offloading:
+            self.offloading.rest()
 
 
 def best_device() -> str:
@@ -146,16 +161,25 @@ def load_base(
         model.requires_grad_(False)
     if not kind.half_vae and pipeline.vae.dtype == torch.float16:
         pipeline.vae.float()
+    if runtime.compiled:
+        for _, model in adaptable(pipeline):
+            compile_in_place(model)
+    base = Base(reference, pipeline, kind.name, runtime=runtime)
     try:
-        pipeline.to(device or best_device())
+        _place(base, device or best_device())
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device {device!r} cannot be used: {error}", "try --device cpu"
         ) from error
-    if runtime.compiled:
-        for _, model in adaptable(pipeline):
-            compile_in_place(model)
-    return Base(reference, pipeline, kind.name, runtime=runtime)
+    return base
+
+
+def _place(base: Base, device: str) -> None:
+    if base.runtime.offloaded:
+        place = torch.empty(0, device=device).device  # with its number: hooks compare places
+        base.offloading = Offloading(base.pipeline, place)
+    else:
+        base.pipeline.to(device)
 
 
 def _models(pipeline: Any) -> list[nn.Module]:

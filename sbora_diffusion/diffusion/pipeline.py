@@ -281,7 +281,7 @@ def sample(
 
     height, width = size or (None, None)
     with base.recorded.replaying(base.denoiser, base.runtime.graphs):
-        return base.pipeline(
+        drawn = base.pipeline(
             **texts,
             height=height,
             width=width,
@@ -291,6 +291,8 @@ def sample(
             output_type="latent",
             callback_on_step_end=after_step,
         ).images
+    base.rest()
+    return drawn
 
 
 @torch.no_grad()
@@ -298,7 +300,8 @@ def encode(base: Base, pixels: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [−1, 1] → scaled latents (B, C, h, w), the mean of each."""
     vae = base.pipeline.vae
     batches = pixels.split(max(1, ENCODED // pixels[0, 0].numel()))
-    latents = [vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean for batch in batches]
+    latents = [vae.encode(batch.to(base.device, vae.dtype)).latent_dist.mean for batch in batches]
+    base.rest()
     return (torch.cat(latents) - _shift(vae)) * vae.config.scaling_factor
 
 
@@ -308,6 +311,7 @@ def decode(base: Base, latents: torch.Tensor) -> list[Image.Image]:
     pipeline = base.pipeline
     vae = pipeline.vae
     pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae))
+    base.rest()
     return pipeline.image_processor.postprocess(pixels.sample, output_type="pil")
 
 

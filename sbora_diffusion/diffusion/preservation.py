@@ -74,6 +74,7 @@ def _made(base: Base, size: Size) -> Preserved:
             drawn = objective.draw(latents, generator)
             parts.append(_explained(base, texts, objective, drawn, some))
             captions += some
+    base.rest()
     return Preserved(Draw(*map(torch.cat, zip(*parts, strict=True))), tuple(captions))
 
 

@@ -187,12 +187,12 @@ class Regions:
         self, gate: RegionGate, prompts: Sequence[str], negatives: Sequence[str], guided: bool
     ) -> dict[str, Tensor]:
         """The texts of all streams side by side, as `RegionCrossAttention` wants them."""
-        pipeline, streams = self.pipeline.base.pipeline, []
+        pipeline, device, streams = self.pipeline.base.pipeline, self.pipeline.base.device, []
         for stream in gate.streams:
             own = [self._own_text(stream, prompt) for prompt in prompts]
             other = [with_nouns(text, self._others(stream)).text for text in negatives]
             with gate.only(stream):
-                streams.append(pipeline.encode_prompt(own, pipeline.device, 1, guided, other))
+                streams.append(pipeline.encode_prompt(own, device, 1, guided, other))
         encoded = {"prompt_embeds": torch.cat([prompt for prompt, _ in streams], 1)}
         if guided:
             encoded["negative_prompt_embeds"] = torch.cat([other for _, other in streams], 1)

@@ -21,11 +21,14 @@ class Runtime:
         graphs: record the work of a GPU once and replay it, where that can be (see `graphs`).
         compiled: UNet and text encoder go through `torch.compile`.
         deterministic: trainings add in a fixed order on a GPU (see `deterministic`).
+        offloaded: models wait in the CPU's memory until they work; those that are trained stay.
+            For one training at a time, and for drawing with attached concepts.
     """
 
     graphs: bool = True
     compiled: bool = False
     deterministic: bool = False
+    offloaded: bool = False
 
 
 USUAL = Runtime()

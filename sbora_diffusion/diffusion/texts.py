@@ -36,10 +36,11 @@ class Texts:
                 states, pooled = zip(*reads, strict=True)
                 joined = torch.cat(pooled) if pooled[0] is not None else None
                 self._outputs[encoder.model] = torch.cat(states), joined
+        self._base.rest()
 
     def _read(self, encoder: Encoder, text: str) -> Read:
         model = getattr(self._base.pipeline, encoder.model)
-        ids = self._words(encoder, text)[None].to(model.device)
+        ids = self._words(encoder, text)[None].to(self._base.device)
         return self._base.kind.reads(encoder, model, ids)
 
     def _ids(self, text: str) -> Tensor:

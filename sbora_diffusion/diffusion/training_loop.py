@@ -75,7 +75,12 @@ class TrainingLoop(ABC):
         self.obstacle = self._obstacle()
         self.resumed: Content | None = None
         self.state: TrainingState | None = None
-        self._attach()
+        base.keep_on_device(self._trained_models())
+        try:
+            self._attach()
+        except BaseException:
+            base.keep_on_device(())
+            raise
 
     @abstractmethod
     def _put_in(self) -> None:
@@ -326,6 +331,7 @@ class TrainingLoop(ABC):
                 checkpoint_gradients(model, False)
         self._take_out()
         self.tokens.set({})
+        self.base.keep_on_device(())
 
 
 def _average(parameters: list[nn.Parameter], decay: float) -> Any:
