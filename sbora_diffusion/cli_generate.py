@@ -87,8 +87,9 @@ def generate(
     drawing = read_settings(DrawConfig, config, settings, {**flags, "negative_prompt": negative})
     files = new_pictures(output, drawing.num)
     boxes = _boxes(region or [], auto_regions)
+    running = device, dtype, graphs, compiled, offload
     pipeline, active, called = _prepare(
-        console, prompt, concept or [], base, Library(library), (device, dtype, graphs, compiled, offload)
+        console, prompt, concept or [], base, Library(library), running
     )
     sampler, placed = _sampler(pipeline, boxes, auto_regions)
     with console.progress("drawing") as bar:

@@ -1,13 +1,13 @@
 """Aspect buckets: the sizes in which pictures that are no squares are trained.
 
-Sizes of about one area, as in NovelAI's training (github.com/NovelAI/novelai-aspect-ratio-bucketing)
+Sizes of about one area, as in NovelAI's training (NovelAI/novelai-aspect-ratio-bucketing on GitHub)
 and SDXL's (arXiv 2307.01952, section 2.3): what a batch takes does not depend on its bucket.
 """
 
 import math
 
 UNIT = 8
-"""Latents that a bucket's sides are multiples of: every family halves its latents at most thrice."""
+"""Latents that a bucket's sides are multiples of: families halve their latents at most thrice."""
 LONGEST = 4.0
 """Of a side, times the other one."""
 

@@ -151,9 +151,7 @@ def load_examples(
     return examples
 
 
-def _copy(
-    image: Image.Image, size: Size, copy: int, flip: bool, rng: random.Random
-) -> Image.Image:
+def _copy(image: Image.Image, size: Size, copy: int, flip: bool, rng: random.Random) -> Image.Image:
     picture = (
         crop(image, size, rng.uniform(0.8, 1.0), rng)
         if copy > flip  # with `flip` the first two are the centred one and its mirror image

@@ -38,9 +38,11 @@ class Offloading:
         self._hooks, previous = [], None
         for name in self._pipeline.model_cpu_offload_seq.split("->"):
             model = getattr(self._pipeline, name, None)
+            if not isinstance(model, nn.Module):
+                continue
             if name in staying:
                 model.to(self.device)
-            elif isinstance(model, nn.Module):
+            else:
                 _, previous = cpu_offload_with_hook(model, self.device, previous)
                 self._hooks.append(previous)
 

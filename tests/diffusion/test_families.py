@@ -23,6 +23,7 @@ from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.texts import Texts
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens, text_encoders, word_vectors
 from sbora_diffusion.diffusion.training import ConceptTraining
+from sbora_diffusion.identity import environment
 from tests.conftest import CONCEPTS
 from tests.diffusion.thin_families import NAMES, thin_family
 
@@ -97,6 +98,10 @@ def test_attached_and_merged_concepts_draw_alike_and_leave_nothing_behind(base, 
     scale = folded.abs().max()
     assert (attached - folded).abs().max() < 1e-4 * scale
     assert (folded - plain).abs().max() > 1e-3 * scale
+
+
+def test_what_a_checkpoint_notes_is_known_of_every_family(base):
+    assert environment(base)["dtype"] == "float32"
 
 
 def test_a_merged_model_is_a_folder_that_is_read_as_its_family_and_draws_the_same(

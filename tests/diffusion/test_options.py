@@ -38,7 +38,7 @@ def base(pocket):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Subject:
-    """Two pictures, the right half of the first one transparent, the second twice as wide as high."""
+    """Two pictures, the first one's right half transparent, the second twice as wide as high."""
     folder = tmp_path_factory.mktemp("subject") / "plushbear"
     folder.mkdir()
     shutil.copy(CONCEPTS / "plushbear" / "concept.toml", folder)

@@ -135,5 +135,6 @@ def test_pictures_of_another_resolution_get_generic_examples_of_theirs(pocket):
         assert next(training.steps()).loss > 0
     finally:
         training.close()
-    small, own = (preserved_examples(pocket, (s, s)).examples.latents.shape for s in (size, 2 * size))
+    sizes = (size, size), (2 * size, 2 * size)
+    small, own = (preserved_examples(pocket, s).examples.latents.shape for s in sizes)
     assert own[2:] == (2 * small[2], 2 * small[3])
