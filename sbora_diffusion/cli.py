@@ -136,8 +136,8 @@ def train(
     slots = slots_of([subject.settings.name for subject in subjects], slot, worker)
     several, subjects = len(subjects) > 1, worker.share(subjects)
     device, known = worker.device(device), Library(library)
-    how_run = {"deterministic": deterministic, "offloaded": offload}
-    model = open_base(base or "pocket", device, dtype, graphs, compiled, **how_run)
+    running = {"deterministic": deterministic, "offloaded": offload}
+    model = open_base(base or "pocket", device, dtype, graphs, compiled, **running)
     if several:
         done = _train_many(console, model, subjects, recipe, known, place, at_once, slots, how)
     else:

@@ -87,7 +87,10 @@ def generate(
     drawing = read_settings(DrawConfig, config, settings, {**flags, "negative_prompt": negative})
     files = new_pictures(output, drawing.num)
     boxes = _boxes(region or [], auto_regions)
-    running = device, dtype, graphs, compiled, offload
+    running = {
+        "device": device, "dtype": dtype, "graphs": graphs, "compiled": compiled,
+        "offloaded": offload,
+    }  # fmt: skip
     pipeline, active, called = _prepare(
         console, prompt, concept or [], base, Library(library), running
     )
@@ -107,7 +110,7 @@ def _prepare(
     specs: list[str],
     reference: str | None,
     library: Library,
-    running: tuple[str | None, Dtype, bool, bool, bool],
+    running: dict[str, Any],
 ) -> tuple["ConceptPipeline", "list[Weighted]", "list[Source]"]:
     """The base with the concepts that --concept and the prompt ask for; what these are, with their
     weights; and those among them that only the prompt asks for."""
@@ -119,7 +122,7 @@ def _prepare(
     given = load_selection(specs, library)
     named = next((c.meta.base_name for c, _ in given.concepts if c.meta.base_name), None)
     named = reference or named or base_called(prompt, library) or "pocket"
-    pipeline = ConceptPipeline(open_base(named, *running))
+    pipeline = ConceptPipeline(open_base(named, **running))
     router = Router(pipeline, sources(library, pipeline.base), given.concepts)
     for line in unknown_tokens(router, prompt, library):
         console.warn(line)
