@@ -19,7 +19,8 @@ MODULES = {"pickle", "_pickle", "dill", "joblib", "cloudpickle", "shelve", "mars
 UNPICKLING = ("torch.load", "torch.serialization.load", "torch.hub.load_state_dict_from_url")
 """Tables of tensors alone, if they are told so."""
 NEVER = (
-    "torch.jit.load", "torch.hub.load", "torch.package", "torch.distributed.checkpoint",
+    "torch.jit.load", "torch.hub.load", "torch.package", "torch.distributed.checkpoint.load",
+    "torch.distributed.checkpoint.FileSystemReader",
     "torch.serialization.add_safe_globals", "torch.serialization.safe_globals",
 )  # fmt: skip
 WEIGHTS_ONLY = {"core/published.py"}
