@@ -40,15 +40,14 @@ def test_the_corpus_has_inputs_that_failed():
     assert len(list(corpus())) >= 3
 
 
+FAULTS = (
+    "another error", "starts a process", "opens a socket", "runs a text", "writes", "takes memory",
+    "takes time",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "fault",
-    [
-        "accepts all",
-        *(
-            pytest.param(fault, marks=pytest.mark.reliability)
-            for fault in ("another error", "starts a process", "takes memory", "takes time")
-        ),
-    ],
+    "fault", ["accepts all", *(pytest.param(f, marks=pytest.mark.reliability) for f in FAULTS)]
 )
 def test_a_reader_with_a_fault_is_found_out(fault):
     """The run above could not fail otherwise."""
@@ -74,7 +73,7 @@ def test_the_open_ended_search_ends_with_the_time_and_keeps_what_fails(tmp_path)
 def run_faulty(fault: str, then: str) -> subprocess.CompletedProcess:
     """A program whose reader has a fault from the 510th file on."""
     code = (
-        "import subprocess, sys, time\n"
+        "import socket, subprocess, sys, time\n"
         "from tests.reliability import fuzz\n"
         "good, fault = fuzz.read_concepts, sys.argv[1]\n"
         "def work_for(seconds):\n"
@@ -85,6 +84,9 @@ def run_faulty(fault: str, then: str) -> subprocess.CompletedProcess:
         "    if len(kept) < 510: return good(path)\n"
         "    if fault == 'another error': raise KeyError(1)\n"
         "    if fault == 'starts a process': subprocess.run(['true']); return good(path)\n"
+        "    if fault == 'opens a socket': socket.socket().close(); return good(path)\n"
+        "    if fault == 'runs a text': exec('1'); return good(path)\n"
+        "    if fault == 'writes': open(path, 'ab').close(); return good(path)\n"
         "    if fault == 'takes memory': b'x' * (80 << 20); return good(path)\n"
         "    if fault == 'takes time': work_for(fuzz.SECONDS + 0.2); return good(path)\n"
         "    return fuzz.ConceptSet(())\n"
