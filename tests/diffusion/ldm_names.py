@@ -28,6 +28,20 @@ CLIP_BLOCK = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
+AUTOENCODER = {
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+}
 
 
 def single_file(pipeline) -> dict[str, torch.Tensor]:
@@ -45,6 +59,28 @@ def single_file(pipeline) -> dict[str, torch.Tensor]:
     return {
         key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()
     }
+
+
+def whole_file(pipeline) -> dict[str, torch.Tensor]:
+    """The same with the autoencoder, as it is read back."""
+    tensors = single_file(pipeline)
+    del tensors["first_stage_model.decoder.conv_in.weight"]
+    vae = pipeline.vae.state_dict()
+    for key, value in vae.items():
+        square = ".attentions." in key and value.dim() == 2  # a convolution of one pixel there
+        value = value[..., None, None] if square else value
+        tensors[f"first_stage_model.{vae_name(key, vae)}"] = value.clone()
+    return tensors
+
+
+def vae_name(key: str, every) -> str:
+    """Stability counts the decoder's levels from the picture's side."""
+    for theirs, ours in AUTOENCODER.items():
+        key = re.sub(rf"\b{re.escape(theirs)}\b", ours, key)
+    levels = 1 + max(int(k.split(".")[2]) for k in every if k.startswith("decoder.up_blocks."))
+    key = re.sub(r"down_blocks\.(\d)", r"down.\1", key)
+    key = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{levels - 1 - int(found[1])}", key)
+    return key.replace(".resnets.", ".block.")
 
 
 def unet_name(key: str, every) -> str:

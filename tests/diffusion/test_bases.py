@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import FromSingleFileMixin
 from safetensors.torch import save_file
 
@@ -13,7 +13,10 @@ from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import BaseMismatch, ConfigError, FormatError, ResourceError
 from sbora_diffusion.core.fingerprint import compare
 from sbora_diffusion.diffusion.bases import POCKET, Base, load_base
-from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
+from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw, draw_latents
+from tests.diffusion.ldm_names import whole_file
+from tests.diffusion.thin_sd15 import thin_sd15
+from tests.diffusion.thin_sdxl import thin_sdxl
 
 
 def refusal(reference, kind, **options):
@@ -104,6 +107,33 @@ def test_a_folder_beside_a_checkpoint_gives_its_configurations(pocket, tmp_path,
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     load_base(str(tmp_path / "model.safetensors"), "cpu")
     assert asked == [("StableDiffusion3Pipeline", str(tmp_path / "model"), True)]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_checkpoint_is_the_base_that_its_folder_is(pocket, tmp_path, family):
+    """Every weight of it, in the names of Stability's code."""
+    thin_in_stabilitys_blocks(family, pocket).save_pretrained(tmp_path / "model")
+    folder = load_base(str(tmp_path / "model"), "cpu")
+    save_file(whole_file(folder.pipeline), tmp_path / "model.safetensors")
+    file = load_base(str(tmp_path / "model.safetensors"), "cpu")
+    assert (file.family, file.key) == (folder.family, folder.key) and file.family == family
+    drawn = [draw(base, ["a cat"], [0], steps=1)[0].tobytes() for base in (folder, file)]
+    assert drawn[0] == drawn[1]
+
+
+def thin_in_stabilitys_blocks(family: str, pocket):
+    """Thin, but with as many layers in a block as Stability's checkpoints have."""
+    pipeline = thin_sdxl(pocket)
+    if family == "sdxl":
+        return pipeline
+    base = thin_sd15(pocket)
+    config = pipeline.unet.config
+    kinds = {key: config[key] for key in ("down_block_types", "up_block_types", "norm_num_groups")}
+    base.pipeline.unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 32, 32), layers_per_block=2,
+        cross_attention_dim=768, attention_head_dim=4, **kinds,
+    )  # fmt: skip
+    return base.pipeline
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):

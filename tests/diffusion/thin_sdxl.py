@@ -1,5 +1,6 @@
-"""SDXL's pipeline with random weights, thin enough for a test: two text encoders of one layer, a
-UNet with Stability's number of blocks. Words and autoencoder are the pocket's."""
+"""SDXL's pipeline with random weights, thin enough for a test: two text encoders of one layer and,
+by which diffusers tells them apart in a single file, two widths, a UNet with Stability's number of
+blocks. Words and autoencoder are the pocket's."""
 
 import copy
 
@@ -31,7 +32,7 @@ def thin_sdxl(pocket: Base, eos_token_id: int | None = None) -> StableDiffusionX
         pipeline = StableDiffusionXLPipeline(
             vae=copy.deepcopy(pocket.pipeline.vae),
             text_encoder=CLIPTextModel(CLIPTextConfig(**sizes)),
-            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**sizes)),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**sizes | {"hidden_size": 48})),
             tokenizer=copy.deepcopy(tokenizer),
             tokenizer_2=copy.deepcopy(tokenizer),
             unet=UNet2DConditionModel(
@@ -43,7 +44,7 @@ def thin_sdxl(pocket: Base, eos_token_id: int | None = None) -> StableDiffusionX
                 transformer_layers_per_block=1,
                 norm_num_groups=8,
                 attention_head_dim=4,
-                cross_attention_dim=64,
+                cross_attention_dim=32 + 48,
                 use_linear_projection=True,
                 addition_embed_type="text_time",
                 addition_time_embed_dim=8,
