@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.app.drawing import Engine, Gate, Stopped, Studio
+from sbora_diffusion.app.drawing import Stopped, Studio
+from sbora_diffusion.app.engine import Engine, Gate
 from sbora_diffusion.app.job_store import JobStore
 from sbora_diffusion.app.runner import Runner
 from sbora_diffusion.app.workspace import Handout, Workspace, Workspaces

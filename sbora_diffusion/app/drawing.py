@@ -1,19 +1,18 @@
-"""What the tab Generate does without its page: one base that draws for everybody in turn."""
+"""What the tab Generate does without its page: pictures of what was asked for."""
 
-import asyncio
 import math
 import secrets
 import shlex
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sbora_diffusion.app.engine import Engine
 from sbora_diffusion.app.workspace import Handout, Workspace
 from sbora_diffusion.cards import Card, read_card
-from sbora_diffusion.core.errors import ConfigError, ResourceError, SboraError
+from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.prompts import tokens_in, with_nouns
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import: only once they are needed
@@ -22,7 +21,6 @@ if TYPE_CHECKING:  # torch and diffusers take seconds to import: only once they 
 
 MAX_IMAGES, MAX_STEPS, MAX_SEED, MAX_PROMPT = 8, 100, 2**31 - 1, 1000
 MAX_WEIGHT, MAX_REGIONS = 1.5, 2000
-MAX_WAITING = 16
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.0
 AUTO = "auto"
 """In the place of regions: find out where each concept should be."""
@@ -67,63 +65,6 @@ class Outcome:
 
 class Stopped(Exception):
     """The person who asked for the pictures does not want them any more."""
-
-
-class Gate:
-    """Lets in one at a time; a bounded number waits, the others hear at once that it is busy."""
-
-    def __init__(self, waiting: int = MAX_WAITING):
-        self._most, self._waiting = waiting, 0
-        self._turn = asyncio.Lock()
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for the turn.
-
-        Raises:
-            ResourceError: too many wait already.
-        """
-        if self._waiting > self._most:
-            raise ResourceError(
-                f"Busy: {self._most} drawings are waiting already", "try again in a minute"
-            )
-        self._waiting += 1
-        try:
-            async with self._turn:
-                yield
-        finally:
-            self._waiting -= 1
-
-    @property
-    def ahead(self) -> int:
-        """How many wait or draw."""
-        return self._waiting
-
-
-class Engine:
-    """One base, loaded when first needed, for one request at a time."""
-
-    def __init__(self, reference: str = "pocket") -> None:
-        self.reference = reference
-        self._lock = threading.Lock()
-        self._pipeline: ConceptPipeline | None = None
-
-    @contextmanager
-    def pipeline(self) -> Iterator["ConceptPipeline"]:
-        """The pipeline, for this thread alone; the first time it is imported and read, which takes
-        some seconds."""
-        with self._lock:
-            if self._pipeline is None:
-                from sbora_diffusion.console import open_base
-                from sbora_diffusion.diffusion.pipeline import ConceptPipeline
-
-                self._pipeline = ConceptPipeline(open_base(self.reference, None))
-            yield self._pipeline
-
-    def warm_up(self) -> None:
-        """Load the base while people still read the page; whoever draws is told of an error."""
-        with suppress(SboraError), self.pipeline():
-            pass
 
 
 class Studio:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from sbora_diffusion.app.drawing import Engine
+from sbora_diffusion.app.engine import Engine
 from sbora_diffusion.app.workspace import Workspace
 from sbora_diffusion.core.errors import ConflictError, SboraError
 

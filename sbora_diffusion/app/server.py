@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read while gradio is imported
+# Else gradio keeps 10,000 events and makes a data frame of all of them at the end of each.
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(2**31))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the pocket base needs no hub
 
 import gradio as gr
@@ -16,6 +19,9 @@ from sbora_diffusion.app.page import build
 from sbora_diffusion.app.theme import CSS, HEAD, theme
 from sbora_diffusion.app.workspace import EXAMPLES, Workspaces
 from sbora_diffusion.core.errors import ConfigError, ResourceError
+
+PAGES = 100
+"""Open pages whose state is kept, about 1 MiB each."""
 
 
 def main(
@@ -54,7 +60,7 @@ def main(
             inbrowser=open_browser, prevent_thread_lock=True, theme=theme(), css=CSS, head=HEAD,
             max_file_size="10mb", allowed_paths=[], show_error=False, ssr_mode=False, pwa=False,
             mcp_server=False, enable_monitoring=False, run_history=False, strict_cors=True,
-            footer_links=[], state_session_capacity=200, quiet=not block,
+            footer_links=[], state_session_capacity=PAGES, quiet=not block,
         )  # fmt: skip
     except OSError as error:
         raise ResourceError(f"{listen}:{port} is in use", "choose another --port") from error

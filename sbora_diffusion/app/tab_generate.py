@@ -1,12 +1,13 @@
 """The tab Generate: prompt, concepts with weights, regions, pictures."""
 
 import asyncio
+import contextvars
 import html
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import anyio.to_thread
 import gradio as gr
 
 from sbora_diffusion.app.chooser import Chooser, Selection
@@ -22,6 +23,7 @@ from sbora_diffusion.app.drawing import (
     MAX_STEPS,
     Outcome,
     Request,
+    Studio,
     restored,
 )
 from sbora_diffusion.core.errors import DataError
@@ -39,7 +41,7 @@ class GenerateTab:
 
     def __init__(self, desk: Desk):
         self.desk = desk
-        self._stops: dict[str | None, threading.Event] = {}
+        self._works: dict[str | None, set[asyncio.Future]] = {}
 
     def first(self, request: gr.Request) -> tuple[str, Selection, str]:
         """What a fresh page shows: a prompt that works, its concepts, and a stamp of the rows."""
@@ -63,10 +65,7 @@ class GenerateTab:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio hands it over
     ) -> tuple[list[tuple[str, str]], str, str]:
         """Draw pictures; returns (picture, caption) pairs, the parameters, and the command."""
-        wanted = Request(
-            prompt, dict(selection or {}), seed, num, steps, guidance, negative_prompt or "",
-            regions or "",
-        )  # fmt: skip
+        wanted = _request(prompt, selection, seed, num, steps, guidance, negative_prompt, regions)
         (outcome,) = await self._draw([wanted], request, progress)
         for warning in outcome.warnings:
             gr.Warning(warning)
@@ -76,22 +75,14 @@ class GenerateTab:
 
     async def compare(
         self,
-        prompt: str,
-        selection: Selection | None,
-        seed: int,
-        num: int,
-        steps: int,
-        guidance: float,
-        negative_prompt: str,
-        regions: str,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
+        *inputs: Any,
     ) -> tuple[str, str]:
-        """One picture as the base alone draws it, and with the concepts."""
-        wanted = Request(
-            prompt, dict(selection or {}), max(seed, 0), 1, steps, guidance, negative_prompt or "",
-            regions or "",
-        )  # fmt: skip
+        """One picture as the base alone draws it, and with the concepts; `inputs` are those of
+        `generate`."""
+        wanted = _request(*inputs)
+        wanted = replace(wanted, seed=max(wanted.seed, 0), num=1)
         bare = self.desk.studio(request).bare(wanted)
         before, after = await self._draw([bare, wanted], request, progress)
         return str(before.files[0]), str(after.files[0])
@@ -100,33 +91,45 @@ class GenerateTab:
         self, wanted: list[Request], request: gr.Request, progress: gr.Progress
     ) -> list[Outcome]:
         """Each of them, when it is this page's turn; ends early when the page is closed."""
-        stop = self._stops[request.session_hash] = threading.Event()
-        studio = self.desk.studio(request)
-        ahead = self.desk.gate.ahead
-        progress(0, desc=f"{ahead} before you" if ahead else "Getting the base ready")
+        work = asyncio.ensure_future(self._in_turn(wanted, self.desk.studio(request), progress))
+        mine = self._works.setdefault(request.session_hash, set())
+        mine.add(work)
+        try:
+            with in_plain_words():
+                return await work
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise gr.Error("Stopped.", duration=3, title="", print_exception=False) from None
+        finally:
+            mine.discard(work)
+            if not mine:
+                self._works.pop(request.session_hash, None)
+
+    async def _in_turn(
+        self, wanted: list[Request], studio: Studio, progress: gr.Progress
+    ) -> list[Outcome]:
+        stop, context = threading.Event(), contextvars.copy_context()
+
+        def tell(place: int) -> None:
+            words = f"{place} before you" if place else "Getting the base ready"
+            context.run(progress, 0, desc=words)
 
         def on_step(done: int, total: int) -> None:
             progress((done, total), desc="Drawing")
 
         try:
-            with in_plain_words():
-                async with self.desk.gate.turn():
-                    return [
-                        await anyio.to_thread.run_sync(
-                            studio.draw, one, on_step, stop, abandon_on_cancel=True
-                        )
-                        for one in wanted
-                    ]
-        except asyncio.CancelledError:
-            stop.set()
-            raise
+            async with self.desk.gate.turn(tell):
+                return [
+                    await self.desk.engine.run(studio.draw, one, on_step, stop) for one in wanted
+                ]
         finally:
-            self._stops.pop(request.session_hash, None)
+            stop.set()  # what draws on for nobody ends at its next step
 
-    def stop(self, request: gr.Request) -> None:
-        """End this session's drawing at the next step."""
-        if event := self._stops.get(request.session_hash):
-            event.set()
+    async def stop(self, request: gr.Request) -> None:
+        """End this session's drawings, those that wait and the one that is under way."""
+        for work in self._works.get(request.session_hash, set()).copy():
+            work.cancel()
 
     def restore(self, file: str | None, request: gr.Request) -> list[Any]:
         """Everything that made a picture, read from it; the inputs, and the rows anew."""
@@ -235,6 +238,21 @@ class GenerateTab:
             max_lines=8, elem_id="command", elem_classes="command",
         )  # fmt: skip
         return [gallery, used, command]
+
+
+def _request(
+    prompt: str,
+    selection: Selection | None,
+    seed: int,
+    num: int,
+    steps: int,
+    guidance: float,
+    negative_prompt: str | None,
+    regions: str | None,
+) -> Request:
+    """The inputs as they come from the page, where what is empty may be None."""
+    chosen, negative = dict(selection or {}), negative_prompt or ""
+    return Request(prompt, chosen, seed, num, steps, guidance, negative, regions or "")
 
 
 def _used(request: Request, seeds: list[int]) -> str:

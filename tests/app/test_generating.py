@@ -18,7 +18,8 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from sbora_diffusion.app.drawing import Engine, Gate, Request, Stopped, Studio
+from sbora_diffusion.app.drawing import Request, Stopped, Studio
+from sbora_diffusion.app.engine import Engine, Gate
 from sbora_diffusion.app.server import main
 from sbora_diffusion.app.workspace import Handout, Workspaces
 from sbora_diffusion.core.concept import read_concept, write_concept
@@ -360,7 +361,7 @@ def test_a_full_gate_says_at_once_that_it_is_busy_and_lets_others_in_afterwards(
 
         async def draw() -> str:
             try:
-                async with gate.turn():
+                async with gate.turn(lambda place: None):
                     await release.wait()
                     return "drawn"
             except ResourceError as error:

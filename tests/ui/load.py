@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections import Counter
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 import httpx
@@ -36,14 +37,32 @@ class User:
                              [tuple(target) for target in d["targets"]])  # fmt: skip
 
     async def live(self, until: float) -> None:
-        """Do one thing after the other until then."""
-        ways = (self.draw, self.draw, self.upload, self.cancel, self.leave)
+        """Open a page, use it, close it, open another, until then."""
         while time.monotonic() < until:
+            self.session = f"{self.number}-{self.rng.randrange(2**40):x}"
+            heart = asyncio.create_task(self._beat())
+            await self._use(until)
+            heart.cancel()
+            await asyncio.wait([heart])
+            if not heart.cancelled():
+                self.seen.wrong.append(f"user {self.number}: {heart.exception()!r}")
+
+    async def _use(self, until: float) -> None:
+        """Do one thing after the other, until then or until the page is left."""
+        ways, way = (self.draw, self.draw, self.upload, self.cancel, self.leave), None
+        while way != self.leave and time.monotonic() < until:
+            way = self.rng.choice(ways)
             try:
-                await self.rng.choice(ways)()
+                await way()
             except (httpx.TransportError, TimeoutError) as error:
-                self.seen.wrong.append(f"user {self.number}: {error!r}")
+                self.seen.wrong.append(f"user {self.number}, {way.__name__}: {error!r}")
             await asyncio.sleep(self.rng.uniform(0, 1))
+
+    async def _beat(self) -> None:
+        """The connection that tells the server that the page is open."""
+        async with self.client.stream("GET", f"{self.url}/heartbeat/{self.session}") as stream:
+            async for _ in stream.aiter_lines():
+                pass
 
     @property
     def prompt(self) -> str:
@@ -86,18 +105,18 @@ class User:
 
     async def cancel(self) -> None:
         """Ask for a picture and press Stop."""
-        session, event = await self._join(self.draws, self._request(1, steps=20))
+        event = await self._join(self.draws, self._request(1, steps=20))
         await asyncio.sleep(self.rng.uniform(0, 0.5))
-        body = {"session_hash": session, "fn_index": self.draws, "event_id": event}
+        body = {"session_hash": self.session, "fn_index": self.draws, "event_id": event}
         await self._post("cancel", body)
-        await self._post("run/stop", {"data": [], "session_hash": session})
+        await self._post("run/stop", {"data": [], "session_hash": self.session})
+        await self._answer(event)
         self.seen.done["cancelled"] += 1
 
     async def leave(self) -> None:
         """Ask for a picture and close the page."""
-        session, _ = await self._join(self.draws, self._request(1, steps=4))
-        url = f"{self.url}/queue/data?session_hash={session}"
-        async with self.client.stream("GET", url) as stream:
+        await self._join(self.draws, self._request(1, steps=4))
+        async with self._stream() as stream:
             self.seen.statuses[stream.status_code] += 1
             await asyncio.sleep(self.rng.uniform(0, 0.5))
         self.seen.done["left"] += 1
@@ -106,21 +125,27 @@ class User:
         return [self.prompt, {"plushbear": 1.0}, seed, 1, steps, 4, "", ""]
 
     async def _call(self, event: int, data: list) -> dict:
-        session, _ = await self._join(event, data)
-        async with asyncio.timeout(PATIENCE):
-            url = f"{self.url}/queue/data?session_hash={session}"
-            async with self.client.stream("GET", url) as stream:
-                self.seen.statuses[stream.status_code] += 1
-                async for line in stream.aiter_lines():
-                    message = json.loads(line[5:]) if line.startswith("data:") else {}
-                    if message.get("msg") == "process_completed":
-                        return message
-        raise TimeoutError("the server closed the stream")
+        return await self._answer(await self._join(event, data))
 
-    async def _join(self, event: int, data: list) -> tuple[str, str]:
-        session = f"{self.number}-{self.rng.randrange(2**40):x}"
-        body = {"data": data, "fn_index": event, "session_hash": session, "trigger_id": None}
-        return session, (await self._post("queue/join", body))["event_id"]
+    async def _join(self, event: int, data: list) -> str:
+        body = {"data": data, "fn_index": event, "session_hash": self.session, "trigger_id": None}
+        return (await self._post("queue/join", body))["event_id"]
+
+    async def _answer(self, event: str) -> dict:
+        """How an event ended; the stream is read until the server closes it."""
+        answer = None
+        async with asyncio.timeout(PATIENCE), self._stream() as stream:
+            self.seen.statuses[stream.status_code] += 1
+            async for line in stream.aiter_lines():
+                message = json.loads(line[5:]) if line.startswith("data:") else {}
+                if (message.get("msg"), message.get("event_id")) == ("process_completed", event):
+                    answer = message
+        if answer is None:
+            raise TimeoutError("the server closed the stream")
+        return answer
+
+    def _stream(self) -> AbstractAsyncContextManager[httpx.Response]:
+        return self.client.stream("GET", f"{self.url}/queue/data?session_hash={self.session}")
 
     async def _post(self, place: str, body: dict) -> dict:
         answer = await self.client.post(f"{self.url}/{place}", json=body)

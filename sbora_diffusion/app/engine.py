@@ -1,0 +1,92 @@
+"""One base that draws for everybody in turn."""
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from sbora_diffusion.core.errors import ResourceError, SboraError
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import: only once they are needed
+    from sbora_diffusion.diffusion.pipeline import ConceptPipeline
+
+MAX_WAITING = 8
+"""About a minute on two cores: whoever came later hears that it is busy."""
+Place = Callable[[int], None]
+"""Is told how many come before."""
+Made = TypeVar("Made")
+
+
+class Gate:
+    """Lets in one at a time, in the order in which they came; a bounded number waits, the others
+    hear at once that it is busy."""
+
+    def __init__(self, waiting: int = MAX_WAITING):
+        self._most = waiting
+        self._line: list[Place] = []
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def turn(self, tell: Place) -> AsyncIterator[None]:
+        """Wait for the turn.
+
+        Args:
+            tell: is called at once, and whenever somebody before leaves.
+
+        Raises:
+            ResourceError: too many wait already.
+        """
+        if len(self._line) > self._most:
+            raise ResourceError(
+                f"Busy: {self._most} drawings are waiting already", "try again in a minute"
+            )
+        self._line.append(tell)
+        tell(len(self._line) - 1)
+        try:
+            async with self._turn:
+                yield
+        finally:
+            gone = self._line.index(tell)
+            del self._line[gone]
+            for place, other in enumerate(self._line[gone:], gone):
+                other(place)
+
+
+class Engine:
+    """One base, loaded when first needed, for one request at a time.
+
+    It draws in one thread of its own: torch and the allocator keep memory for each thread.
+    """
+
+    def __init__(self, reference: str = "pocket") -> None:
+        self.reference = reference
+        self._lock = threading.Lock()
+        self._pipeline: ConceptPipeline | None = None
+        self._thread = ThreadPoolExecutor(1, "drawing")
+
+    @contextmanager
+    def pipeline(self) -> Iterator["ConceptPipeline"]:
+        """The pipeline, for this thread alone; the first time it is imported and read, which takes
+        some seconds."""
+        with self._lock:
+            if self._pipeline is None:
+                from sbora_diffusion.console import open_base
+                from sbora_diffusion.diffusion.pipeline import ConceptPipeline
+
+                self._pipeline = ConceptPipeline(open_base(self.reference, None))
+            yield self._pipeline
+
+    async def run(self, work: Callable[..., Made], *arguments: object) -> Made:
+        """Do what draws, in the thread that draws; context variables go with it."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, partial(context.run, work, *arguments))
+
+    def warm_up(self) -> None:
+        """Load the base while people still read the page; whoever draws is told of an error."""
+        with suppress(SboraError), self.pipeline():
+            pass
