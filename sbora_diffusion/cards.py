@@ -1,12 +1,13 @@
 """The concepts that a person can choose from: examples and the files that the library knows."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sbora_diffusion.core.errors import ConfigError, ResourceError, SboraError
-from sbora_diffusion.library import Library
+from sbora_diffusion.library import EXAMPLES, Entry, Library
 
 if TYPE_CHECKING:  # torch takes seconds to import: only once it is needed
     from sbora_diffusion.core.concept import Concept
@@ -20,6 +21,7 @@ class Card:
         key: unique on the page.
         thumbnail: a picture beside the file.
         in_set: whether the file holds other concepts too; the library knows it by its name then.
+        by_name: whether commands, too, take its name for this concept and no other.
     """
 
     key: str
@@ -29,6 +31,7 @@ class Card:
     path: Path
     thumbnail: Path | None = None
     in_set: bool = False
+    by_name: bool = False
 
 
 def find_cards(library: Library, examples: Path) -> tuple[list[Card], list[str]]:
@@ -38,22 +41,28 @@ def find_cards(library: Library, examples: Path) -> tuple[list[Card], list[str]]
     """
     cards: dict[str, Card] = {}
     problems: list[str] = []
+    entries = _entries(library, problems)
+    named = Counter(entry.name for entry in entries)
     for path in sorted(examples.glob("*.safetensors")):
-        _put(cards, problems, path)
+        shipped = examples == EXAMPLES and path.stem not in named
+        _put(cards, problems, path, by_name=shipped)
     own: set[str] = set()
-    for path, name in _library_files(library, problems):
-        card = _put(cards, problems, path, name, own)
+    for path, name in _files(entries):
+        card = _put(cards, problems, path, name, own, named[name] == 1)
         own |= {card.key} if card else set()
     return list(cards.values()), problems
 
 
-def _library_files(library: Library, problems: list[str]) -> list[tuple[Path, str]]:
-    """The files of the library's concepts, each with the name of the concept."""
+def _entries(library: Library, problems: list[str]) -> list[Entry]:
     try:
-        entries = library.concepts()
+        return library.concepts()
     except SboraError as error:
         problems.append(str(error))
         return []
+
+
+def _files(entries: list[Entry]) -> list[tuple[Path, str]]:
+    """The files of the library's concepts, each with the name of the concept."""
     own = [entry for entry in entries if _is_pocket(entry.base)]
     found = [(Path(entry.path), entry.name) for entry in own if entry.path]
     return [(path, name) for path, name in found if path.is_file()]
@@ -65,10 +74,11 @@ def _put(
     path: Path,
     name: str | None = None,
     taken: set[str] | None = None,
+    by_name: bool = False,
 ) -> Card | None:
     """Add the card of a file, under another key if the name is in `taken`."""
     try:
-        card = read_card(path, name)[1]
+        card = replace(read_card(path, name)[1], by_name=by_name)
     except SboraError as error:
         problems.append(str(error))
         return None

@@ -9,12 +9,10 @@ from sbora_diffusion.core.concept import Concept, read_concept
 from sbora_diffusion.core.concept_set import read_member
 from sbora_diffusion.core.errors import BaseMismatch, ResourceError, SboraError
 from sbora_diffusion.core.fingerprint import compare
-from sbora_diffusion.diffusion.bases import POCKET, Base
+from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.prompts import tokens_in
 from sbora_diffusion.diffusion.routing import Router, Source
-from sbora_diffusion.library import Entry, Library
-
-EXAMPLES = POCKET / "examples"
+from sbora_diffusion.library import EXAMPLES, Entry, Library
 
 
 def sources(library: Library, base: Base, examples: Path = EXAMPLES) -> list[Source]:

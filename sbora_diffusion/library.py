@@ -15,6 +15,8 @@ from sbora_diffusion.core.errors import CapacityError, ConfigError
 from sbora_diffusion.core.layers import narrowest
 from sbora_diffusion.library_file import transaction
 
+EXAMPLES = Path(__file__).parent / "pocket" / "examples"
+"""Concepts of the pocket base that the package brings along."""
 _COLUMNS = "base, variant, name, start, stop, path, digest, token"
 
 

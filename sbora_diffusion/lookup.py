@@ -8,13 +8,14 @@ from pathlib import Path
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.concept_set import ConceptSet, read_concepts, read_member
 from sbora_diffusion.core.errors import ConfigError
-from sbora_diffusion.library import Library
+from sbora_diffusion.library import EXAMPLES, Library
 
 
 def load_concepts(
     specs: Sequence[str], library: Library | None = None
 ) -> list[tuple[Concept, float]]:
-    """Read concepts given as `FILE[:WEIGHT]`, or as `NAME[:WEIGHT]` for one in the library.
+    """Read concepts given as `FILE[:WEIGHT]`, or as `NAME[:WEIGHT]` for one in the library or, if
+    none there has that name, one of the examples.
 
     The weight is what follows the last colon, if that is a number. A concept set stands for all its
     concepts, each with its own weight times the given one.
@@ -57,7 +58,7 @@ def _split_weight(spec: str) -> tuple[str, float]:
 
 
 def _locate(place: str, library: Library | None) -> Path:
-    """The file of that path or, if there is none, of that name in the library."""
+    """The file of that path or, if there is none, of that name in the library, or an example."""
     if Path(place).is_file():
         return Path(place)
     entries = library.concepts() if library else []
@@ -66,7 +67,10 @@ def _locate(place: str, library: Library | None) -> Path:
         places = ", ".join(f"{entry.base}/{entry.variant}" for entry in found)
         raise ConfigError(f"{place!r} is known for {places}", "give the file instead of the name")
     if not found:
-        raise _unknown(place, sorted({entry.name for entry in entries}))
+        examples = {file.stem: file for file in EXAMPLES.glob("*.safetensors")}
+        if place in examples:
+            return examples[place]
+        raise _unknown(place, sorted({entry.name for entry in entries} | set(examples)))
     if found[0].path is None or not Path(found[0].path).is_file():
         raise ConfigError(
             f"the file of {place!r}, {found[0].path}, is missing", "train it again or give a file"

@@ -209,7 +209,10 @@ def test_a_prompt_that_misses_its_concept_or_is_too_long_only_warns(sbora, tiny_
     assert second.startswith("warning: ") and second.endswith("very happy'")
 
 
-def test_merge_finds_concepts_by_name_until_they_are_removed(sbora, tiny_concepts):
+def test_merge_finds_concepts_by_name_until_they_are_removed(
+    sbora, tiny_concepts, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("sbora_diffusion.lookup.EXAMPLES", tmp_path)  # they have the same names
     for file in tiny_concepts.values():
         assert sbora("library", "add", file)[0] == 0
     pair = ("plushbear", "baseballcap:0.5")

@@ -25,6 +25,17 @@ def learn(base, library, output, name="plushbear", config=ONE_STEP, **options):
     return train_concept(base, CONCEPTS / name, config, library=library, output=output, **options)
 
 
+def test_an_example_is_found_by_name_unless_the_library_has_one(library, tiny_concepts):
+    ((example, weight),) = load_concepts(["plushbear:0.5"], library)
+    assert (example.meta.name, weight) == ("plushbear", 0.5)
+    library.reserve("pocket-x", "fa", "plushbear", 8, {"unet.to_k": 160})
+    library.record("pocket-x", "fa", "plushbear", tiny_concepts["plushbear"], "0" * 64, None)
+    ((own, _),) = load_concepts(["plushbear"], library)
+    assert own.meta.digest != example.meta.digest
+    with pytest.raises(ConfigError, match="did you mean 'trex'"):
+        load_concepts(["trexx"], library)
+
+
 def test_training_writes_and_records_one_file(pocket, library, tmp_path):
     output, records = tmp_path / "new" / "folder" / "bear.safetensors", []
     result = learn(pocket, library, output, config=TINY, on_record=records.append)
@@ -85,7 +96,7 @@ def test_weights_follow_the_last_colon(tiny_concepts, tmp_path, library):
     odd.write_bytes(bear.read_bytes())
     specs = [str(bear), f"{bear}:-0.5", str(odd), f"{odd}:2"]
     assert [weight for _, weight in load_concepts(specs)] == [1.0, -0.5, 1.0, 2.0]
-    for wrong in (f"{bear}:nan", f"{bear}:inf", f"{bear}:", "", ":1", "plushbear"):
+    for wrong in (f"{bear}:nan", f"{bear}:inf", f"{bear}:", "", ":1", "nobody"):
         with pytest.raises(ConfigError):
             load_concepts([wrong], library)
 

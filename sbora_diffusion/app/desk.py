@@ -17,7 +17,9 @@ from sbora_diffusion.core.errors import SboraError
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
 """Of events that belong to the page alone. They go through the queue, where an error becomes a
 message; outside of it gradio answers with status 500."""
-ONE_BY_ONE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "rows"}
+ONE_BY_ONE: dict[str, Any] = {
+    "concurrency_limit": 1, "concurrency_id": "rows", "show_progress": "hidden",
+}  # fmt: skip
 """Of what makes components while the page is open: gradio cannot make two sets at once."""
 logger = logging.getLogger(__name__)
 

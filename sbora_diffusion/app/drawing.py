@@ -2,7 +2,6 @@
 
 import math
 import secrets
-import shlex
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbora_diffusion.app.engine import Engine
+from sbora_diffusion.app.shown import shown_command
 from sbora_diffusion.app.workspace import Handout, Workspace
 from sbora_diffusion.cards import Card, read_card
 from sbora_diffusion.core.errors import ConfigError
@@ -146,7 +146,7 @@ def command_line(request: Request, workspace: Workspace) -> str:
     words = ["sbora", "generate", request.prompt]
     for spec in workspace.specs(request.concepts):
         words += ["--concept", spec]
-    if any(card.in_set for card in workspace.chosen(request.concepts)):
+    if any(card.path.parent != workspace.examples for card in workspace.chosen(request.concepts)):
         words += ["--library", str(workspace.library.path)]
     for place in request.places:
         words += ["--auto-regions"] if place == AUTO else ["--region", place]
@@ -157,7 +157,7 @@ def command_line(request: Request, workspace: Workspace) -> str:
         words += ["--guidance", f"{request.guidance:g}"]
     if request.negative_prompt:
         words += ["--negative", request.negative_prompt]
-    return shlex.join([*words, "-o", "picture.png"])
+    return shown_command([*words, "-o", "picture.png"])
 
 
 def _concept(card: Card) -> "Concept":

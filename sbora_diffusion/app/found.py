@@ -9,6 +9,7 @@ from typing import Any
 from sbora_diffusion.app.job_store import Job
 from sbora_diffusion.app.known_concepts import table
 from sbora_diffusion.app.merging import Verdict
+from sbora_diffusion.app.shown import shown_path
 
 RECORDS = Path(__file__).parents[2] / "results"
 """In a checkout; the installed package has none."""
@@ -99,7 +100,7 @@ def _evaluation(document: Mapping[str, Any]) -> str:
 
 def _made(document: Mapping[str, Any]) -> str:
     place = document.get("folder") or document.get("file") or ""
-    return f'<p>It is in <code class="path">{html.escape(str(place))}</code></p>'
+    return f'<p>It is in <code class="path">{html.escape(shown_path(place))}</code></p>'
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -8,7 +8,6 @@ file `stop` asks whoever runs the job to end it.
 import json
 import re
 import secrets
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sbora_diffusion.app.shown import shown_command
 from sbora_diffusion.core.errors import ConfigError, ResourceError
 from sbora_diffusion.core.storage import write_atomically
 
@@ -60,7 +60,7 @@ class Job:
     @property
     def command(self) -> str:
         """As a person would type it."""
-        return shlex.join(["sbora", *self.words])
+        return shown_command(["sbora", *self.words])
 
     @property
     def arguments(self) -> list[str]:

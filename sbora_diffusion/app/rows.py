@@ -15,9 +15,12 @@ from sbora_diffusion.core.errors import DataError
 
 ROW_CSS = """
 .concept {display: grid !important; align-items: center; gap: 4px 12px !important;
+  padding: 2px 12px !important;
   grid-template-columns: 24px minmax(130px, 1fr) max-content 170px}
 .concept .html-container {padding: 0 !important}
 .concept .reset-button {display: none}
+.concept input[type=number] {border-radius: var(--input-radius) !important;
+  border-right: 1px solid var(--input-border-color) !important}
 .concept .card b {overflow-wrap: anywhere}
 .concept > * {min-width: 0 !important; width: auto !important}
 .concept .card {display: flex; align-items: center; gap: 10px}

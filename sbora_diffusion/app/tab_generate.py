@@ -35,6 +35,9 @@ SIDE_BY_SIDE_JS = """(selection, regions) => {
   return names.map((name, k) => `${name}=${x(k)},0,${x(k + 1)},1`).join("\\n");
 }"""
 
+LINGERING = 10
+"""Seconds in which a closed page may still have something begin."""
+
 
 class GenerateTab:
     """Its handlers and its layout."""
@@ -131,6 +134,13 @@ class GenerateTab:
         for work in self._works.get(request.session_hash, set()).copy():
             work.cancel()
 
+    async def leave(self, request: gr.Request) -> None:
+        """The page is closed: nobody waits for its drawings, nor for one that a busy server is only
+        about to begin."""
+        for _ in range(LINGERING):
+            await self.stop(request)
+            await asyncio.sleep(1)
+
     def restore(self, file: str | None, request: gr.Request) -> list[Any]:
         """Everything that made a picture, read from it; the inputs, and the rows anew."""
         if not file:
@@ -193,7 +203,7 @@ class GenerateTab:
         taken.then(lambda: None, None, drop, **PRIVATE)  # ready for the next one
         page.load(self.first, None, [prompt, selection, rows], **PRIVATE)
         self.chooser.look_at(tab.select)
-        page.unload(self.stop)
+        page.unload(self.leave)
 
     def _regions(self, selection: gr.JSON) -> gr.Textbox:
         with gr.Accordion("Regions: where each concept may be", open=False, elem_id="places"):

@@ -12,9 +12,8 @@ from pathlib import Path
 from sbora_diffusion.cards import Card, find_cards
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.core.schema import NAME_PATTERN
-from sbora_diffusion.library import Library
+from sbora_diffusion.library import EXAMPLES, Library
 
-EXAMPLES = Path(__file__).parents[1] / "pocket" / "examples"
 KEPT_SECONDS = 600.0
 
 
@@ -73,11 +72,14 @@ class Workspace:
         return [self.card(key) for key in sorted(selection)]
 
     def specs(self, selection: Mapping[str, float]) -> list[str]:
-        """The same as commands take them: `FILE:WEIGHT`, or `NAME:WEIGHT` of a library's set."""
-        return [
-            f"{card.name if card.in_set else card.path}:{selection[card.key]:g}"
-            for card in self.chosen(selection)
-        ]
+        """The same as commands take them: by names where these say enough, else by files."""
+        return [_spec(card, selection[card.key]) for card in self.chosen(selection)]
+
+
+def _spec(card: Card, weight: float) -> str:
+    if not (card.by_name or card.in_set):
+        return f"{card.path}:{weight:g}"
+    return card.name if weight == 1 else f"{card.name}:{weight:g}"
 
 
 class Workspaces:
@@ -94,8 +96,9 @@ class Workspaces:
     def __init__(
         self, library: str | Path | None, examples: Path = EXAMPLES, people: Sequence[str] = ()
     ):
-        shelf = Library(library)
-        folder = shelf.path.absolute().parent / f"{shelf.path.stem}.app"
+        # Commands run in another folder than the app: paths are absolute.
+        shelf = Library(Library(library).path.absolute())
+        folder = shelf.path.parent / f"{shelf.path.stem}.app"
         self._own: dict[str, Workspace] = {}
         for person in people if len(people) > 1 else ():
             if not re.match(NAME_PATTERN, person):

@@ -13,7 +13,8 @@ import httpx
 from PIL import Image
 
 BUSY = "drawings are waiting already"
-PATIENCE = 120.0
+PATIENCE = 300.0
+"""Seconds, for a machine that does other things too."""
 
 
 @dataclass
