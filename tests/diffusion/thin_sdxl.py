@@ -32,7 +32,9 @@ def thin_sdxl(pocket: Base, eos_token_id: int | None = None) -> StableDiffusionX
         pipeline = StableDiffusionXLPipeline(
             vae=copy.deepcopy(pocket.pipeline.vae),
             text_encoder=CLIPTextModel(CLIPTextConfig(**sizes)),
-            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**sizes | {"hidden_size": 48})),
+            text_encoder_2=CLIPTextModelWithProjection(
+                CLIPTextConfig(**sizes | {"hidden_size": 48})
+            ),
             tokenizer=copy.deepcopy(tokenizer),
             tokenizer_2=copy.deepcopy(tokenizer),
             unet=UNet2DConditionModel(
