@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from sbora_diffusion.core.errors import ConflictError, IntegrityError
+from sbora_diffusion.core.errors import ConfigError, ConflictError, IntegrityError
 from sbora_diffusion.core.manifest import MANIFEST, check_folder, seal_folder
 from sbora_diffusion.core.storage import canonical_json, strict_json
 
@@ -96,6 +96,20 @@ class Checkpoints:
             if number > step:
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_shards(trainer: Trainer) -> None:
+    """Refuse checkpoints in shards, whose folders no manifest seals and whose index PyTorch reads
+    by an unpickler that runs code.
+
+    Raises:
+        ConfigError: FSDP was asked for them.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin and "SHARDED" in str(plugin.state_dict_type):
+        raise ConfigError(
+            "checkpoints in shards cannot be sealed", "set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
 
 
 class SealingCallback(TrainerCallback):

@@ -21,7 +21,7 @@ from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.core.llm.config import LlmConfig
 from sbora_diffusion.core.llm.methods import Adapter, adapted, trained_parameters
 from sbora_diffusion.core.llm.prompts import Collator, Row, padding_id
-from sbora_diffusion.core.llm.resuming import Checkpoints, SealingCallback
+from sbora_diffusion.core.llm.resuming import Checkpoints, SealingCallback, refuse_shards
 from sbora_diffusion.core.llm.shapes import check_targets, default_targets
 from sbora_diffusion.core.llm.watching import LOGGED, Report, Watch
 from sbora_diffusion.core.tuner.folded_training import FoldedTraining, folded_training
@@ -127,6 +127,7 @@ def train(
         data_collator=Collator(padding_id(tokenizer)),
         callbacks=[watch, SealingCallback(checkpoints)],
     )
+    refuse_shards(trainer)
     trainer.remove_callback(PrinterCallback)
     _start_memory()
     with _folded(wrapped, trainer):

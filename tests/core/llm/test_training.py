@@ -8,9 +8,11 @@ import subprocess
 import sys
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -221,6 +223,17 @@ def test_adapters_load_in_a_fresh_process_after_one_import(tmp_path, base, data,
     with pytest.raises(Exception, match="was trained on another model"):
         check_fits(read_adapter(out), tiny_llama(width=128))
     assert set(load_file(out / "adapter_model.safetensors")) and (out / "sbora.json").is_file()
+
+
+def test_checkpoints_in_shards_are_refused():
+    def refuse(kind: str) -> None:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        resuming.refuse_shards(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
+
+    refuse("FULL_STATE_DICT")
+    with pytest.raises(ConfigError, match=r"cannot be sealed; .*FULL_STATE_DICT"):
+        refuse("SHARDED_STATE_DICT")
 
 
 def test_a_base_of_pickles_is_refused(tmp_path, base):
