@@ -99,3 +99,12 @@ def test_folded_training_in_bf16_was_judged_with_several_seeds():
     assert len(record["concepts"]) == 14 and len(record["seeds"]) >= 3
     for figure in record["figures"].values():
         assert all(len(found) == len(record["seeds"]) for found in figure["by_seed"].values())
+
+
+def test_a_million_spoilt_files_were_tried_and_the_page_says_what_came_of_them():
+    record = json.loads((RESULTS / "reliability.json").read_text())
+    (run,) = [run for run in record["runs"] if run["name"].startswith("fuzz")]
+    figures, page = run["figures"], (RESULTS.parent / "SECURITY.md").read_text(encoding="utf-8")
+    assert figures["done"] >= 1_000_000 and figures["failures"] == []
+    told = [figures[name] for name in ("files", "refused", "same", "forged_valid")]
+    assert told[0] == sum(told[1:]) and all(f"{count:,}" in page for count in told)
