@@ -60,7 +60,8 @@ def test_there_are_records():
 def test_the_default_recipe_is_the_one_that_was_chosen():
     record = json.loads((RESULTS / "recipes.json").read_text())
     later = {  # options of which that run knew nothing
-        "preservation_rows": 1, "optimizer": "adamw", "ema": 0.0, "masked_loss": False
+        "preservation_rows": 1, "optimizer": "adamw", "ema": 0.0, "masked_loss": False,
+        "aspect_buckets": False,
     }  # fmt: skip
     chosen_later = {"batch_size": 8, "rate_text_encoder": 2e-3, "rate_unet": 3e-3}
     chosen_later["preservation"] = 1.0  # results/crosstalk.json
