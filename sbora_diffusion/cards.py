@@ -34,20 +34,26 @@ class Card:
     by_name: bool = False
 
 
-def find_cards(library: Library, examples: Path) -> tuple[list[Card], list[str]]:
-    """The concepts that can be chosen now, and what is wrong with those that cannot.
+def find_cards(
+    library: Library, examples: Path | None, base: str = "pocket"
+) -> tuple[list[Card], list[str]]:
+    """The concepts of a base that can be chosen now, and what is wrong with those that cannot.
 
     A concept of the library takes the place of an example of the same name.
+
+    Args:
+        examples: a folder of concept files, if there is one.
+        base: the library's key of the base, or its family.
     """
     cards: dict[str, Card] = {}
     problems: list[str] = []
     entries = _entries(library, problems)
     named = Counter(entry.name for entry in entries)
-    for path in sorted(examples.glob("*.safetensors")):
+    for path in sorted(examples.glob("*.safetensors")) if examples else ():
         shipped = examples == EXAMPLES and path.stem not in named
         _put(cards, problems, path, by_name=shipped)
     own: set[str] = set()
-    for path, name in _files(entries):
+    for path, name in _files(entries, base):
         card = _put(cards, problems, path, name, own, named[name] == 1)
         own |= {card.key} if card else set()
     return list(cards.values()), problems
@@ -61,9 +67,9 @@ def _entries(library: Library, problems: list[str]) -> list[Entry]:
         return []
 
 
-def _files(entries: list[Entry]) -> list[tuple[Path, str]]:
-    """The files of the library's concepts, each with the name of the concept."""
-    own = [entry for entry in entries if _is_pocket(entry.base)]
+def _files(entries: list[Entry], base: str) -> list[tuple[Path, str]]:
+    """The files of a base's concepts, each with the name of the concept."""
+    own = [entry for entry in entries if base in (entry.base, entry.base.partition("-")[0])]
     found = [(Path(entry.path), entry.name) for entry in own if entry.path]
     return [(path, name) for path, name in found if path.is_file()]
 
@@ -122,7 +128,3 @@ def _read_once(path: Path, name: str | None, _modified: int, _size: int) -> "tup
     pictures = (beside.with_name(beside.name + suffix) for suffix in (".jpg", ".png", ".webp"))
     thumbnail = next((picture for picture in pictures if picture.is_file()), None)
     return concept, Card(meta.name, meta.name, meta.class_noun, token, path, thumbnail, in_set)
-
-
-def _is_pocket(base: str) -> bool:
-    return base.partition("-")[0] == "pocket"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sbora_diffusion.core.folded_set import Weighted
-    from sbora_diffusion.diffusion.config import DrawConfig
+    from sbora_diffusion.diffusion.config import PictureConfig
     from sbora_diffusion.diffusion.pipeline import ConceptPipeline
     from sbora_diffusion.diffusion.regions import Box
     from sbora_diffusion.diffusion.routing import Source
@@ -67,6 +67,8 @@ def generate(
     num: Annotated[int | None, typer.Option(help="How many pictures")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly to follow")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, the base's by default")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, the base's by default")] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.fp32,
@@ -79,12 +81,13 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Draw pictures of a prompt: PNG files with their parameters inside."""
-    from sbora_diffusion.diffusion.config import DrawConfig
+    from sbora_diffusion.diffusion.config import PictureConfig
     from sbora_diffusion.outputs import new_pictures
 
     console = Console(as_json)
-    flags = {"seed": seed, "num": num, "steps": steps, "guidance": guidance}
-    drawing = read_settings(DrawConfig, config, settings, {**flags, "negative_prompt": negative})
+    flags: dict[str, Any] = {"seed": seed, "num": num, "steps": steps, "guidance": guidance}
+    flags |= {"negative_prompt": negative, "width": width, "height": height}
+    drawing = read_settings(PictureConfig, config, settings, flags)
     files = new_pictures(output, drawing.num)
     boxes = _boxes(region or [], auto_regions)
     running = {
@@ -169,18 +172,18 @@ def _save(
     pipeline: "ConceptPipeline",
     prompt: str,
     concepts: "list[Weighted]",
-    drawing: "DrawConfig",
+    drawing: "PictureConfig",
     placed: dict[str, Any],
     pictures: "list[Image]",
     files: list[Path],
 ) -> list[dict[str, Any]]:
     from sbora_diffusion.pictures import picture_parameters, save_png
 
-    options = drawing.model_dump(exclude={"num", "seed"})
+    options = drawing.model_dump(exclude={"num", "seed", "width", "height"})
     saved = []
     for k, (picture, file) in enumerate(zip(pictures, files, strict=True)):
         seed = drawing.seed + k
         parameters = picture_parameters(pipeline.base, prompt, concepts, seed=seed, **options)
-        save_png(picture, file, {**parameters, **placed})
-        saved.append({**parameters, **placed})
+        save_png(picture, file, {**parameters, **drawing.size, **placed})
+        saved.append({**parameters, **drawing.size, **placed})
     return saved

@@ -1,6 +1,7 @@
 """What the tab Generate does without its page: pictures of what was asked for."""
 
 import math
+import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -21,10 +22,13 @@ if TYPE_CHECKING:  # torch and diffusers take seconds to import: only once they 
 
 MAX_IMAGES, MAX_STEPS, MAX_SEED, MAX_PROMPT = 8, 100, 2**31 - 1, 1000
 MAX_WEIGHT, MAX_REGIONS = 1.5, 2000
+MAX_TIMES = 4
+"""A side may be so many times the base's own."""
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.0
 AUTO = "auto"
 """In the place of regions: find out where each concept should be."""
 
+_SIZE = re.compile(r"\s*(\d{1,5})\s*[x×*]\s*(\d{1,5})\s*")
 Progress = Callable[[int, int], None]
 
 
@@ -35,6 +39,7 @@ class Request:
     Attributes:
         concepts: a card's key → its weight.
         seed: −1 for a random one.
+        size: `WIDTH × HEIGHT` in pixels, "" for the base's own.
         regions: a line `NAME=x0,y0,x1,y1` for each concept, `AUTO`, or "" for none.
     """
 
@@ -46,6 +51,21 @@ class Request:
     guidance: float = DEFAULT_GUIDANCE
     negative_prompt: str = ""
     regions: str = ""
+    size: str = ""
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """Width and height in pixels; empty for the base's own.
+
+        Raises:
+            ConfigError: the size is written in another way.
+        """
+        if not self.size.strip():
+            return {}
+        match = _SIZE.fullmatch(self.size)
+        if not match:
+            raise ConfigError(f"The size {self.size!r} is none", "e.g. 192 × 128")
+        return {"width": int(match[1]), "height": int(match[2])}
 
     @property
     def places(self) -> list[str]:
@@ -82,11 +102,13 @@ class Studio:
         """
         request = _checked(request)
         cards = self.workspace.chosen(request.concepts)
-        with self.engine.pipeline() as pipeline:
+        with self.engine.pipeline(self.workspace.base.reference) as pipeline:
             _raise_if_stopped(stop)
             weighted = [(_concept(card), request.concepts[card.key]) for card in cards]
             rounded = _attach(pipeline, weighted)
             sampler, placed = _sampler(pipeline, request)
+            for name, side in request.sides.items():
+                _within(f"The {name}", side, 8, MAX_TIMES * pipeline.base.resolution, whole=True)
 
             def report(done: int, total: int) -> None:
                 _raise_if_stopped(stop)
@@ -99,9 +121,11 @@ class Studio:
                 steps=request.steps,
                 guidance=request.guidance,
                 negative_prompt=request.negative_prompt,
+                **request.sides,
                 on_step=report,
                 sampler=sampler,
             )
+            placed |= request.sides
             files = self._save(pipeline, images, request, weighted, placed)
             warnings = rounded + _prompt_warnings(pipeline, request.prompt, weighted)
         warnings += _switched_off(self.workspace.cards()[0], request)
@@ -148,6 +172,7 @@ def command_line(request: Request, workspace: Workspace) -> str:
         words += ["--concept", spec]
     if any(card.path.parent != workspace.examples for card in workspace.chosen(request.concepts)):
         words += ["--library", str(workspace.library.path)]
+    words += workspace.base.option
     for place in request.places:
         words += ["--auto-regions"] if place == AUTO else ["--region", place]
     words += ["--seed", str(request.seed), "--num", str(request.num)]
@@ -157,6 +182,8 @@ def command_line(request: Request, workspace: Workspace) -> str:
         words += ["--guidance", f"{request.guidance:g}"]
     if request.negative_prompt:
         words += ["--negative", request.negative_prompt]
+    if _SIZE.fullmatch(request.size) and request.size != workspace.base.sizes[0]:
+        words += [part for k, v in request.sides.items() for part in (f"--{k}", str(v))]
     return shown_command([*words, "-o", "picture.png"])
 
 
@@ -255,10 +282,17 @@ def restored(parameters: Mapping[str, Any], cards: list[Card]) -> tuple[Request,
             guidance=float(parameters["guidance"]),
             negative_prompt=str(parameters.get("negative_prompt", "")),
             regions=_lines(parameters.get("regions") or {}),
+            size=_size(parameters),
         )
     except (LookupError, TypeError, ValueError) as error:
         raise ConfigError("The parameters in this picture are damaged", "take another") from error
     return _checked(request), [name for name in weights if name not in keys]
+
+
+def _size(parameters: Mapping[str, Any]) -> str:
+    if not {"width", "height"} <= parameters.keys():
+        return ""
+    return f"{int(parameters['width'])} × {int(parameters['height'])}"
 
 
 def _lines(regions: Any) -> str:

@@ -57,27 +57,27 @@ class Gate:
 
 
 class Engine:
-    """One base, loaded when first needed, for one request at a time.
+    """One base at a time, loaded when first needed, for one request at a time.
 
     It draws in one thread of its own: torch and the allocator keep memory for each thread.
     """
 
-    def __init__(self, reference: str = "pocket") -> None:
-        self.reference = reference
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pipeline: ConceptPipeline | None = None
         self._thread = ThreadPoolExecutor(1, "drawing")
 
     @contextmanager
-    def pipeline(self) -> Iterator["ConceptPipeline"]:
-        """The pipeline, for this thread alone; the first time it is imported and read, which takes
-        some seconds."""
+    def pipeline(self, reference: str = "pocket") -> Iterator["ConceptPipeline"]:
+        """The pipeline of a base, for this thread alone; it is read, in the place of another one,
+        which takes some seconds."""
         with self._lock:
-            if self._pipeline is None:
+            if self._pipeline is None or self._pipeline.base.reference != reference:
                 from sbora_diffusion.console import open_base
                 from sbora_diffusion.diffusion.pipeline import ConceptPipeline
 
-                self._pipeline = ConceptPipeline(open_base(self.reference, None))
+                self._pipeline = None  # two may not fit into memory
+                self._pipeline = ConceptPipeline(open_base(reference, None))
             yield self._pipeline
 
     async def run(self, work: Callable[..., Made], *arguments: object) -> Made:

@@ -33,7 +33,7 @@ def bring(workspace: Workspace, engine: Engine, upload: Path) -> list[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(upload, target)
     try:
-        with engine.pipeline() as pipeline:
+        with engine.pipeline(workspace.base.reference) as pipeline:
             add_to_library(target, concepts, pipeline.base, workspace.library)
     except BaseException:
         target.unlink()

@@ -154,7 +154,7 @@ def _specs(workspace: Workspace, selection: Mapping[str, float]) -> list[str]:
 
 
 def _with_library(words: list[str], workspace: Workspace) -> list[str]:
-    return [*words, "--library", str(workspace.library.path)]
+    return [*words, *workspace.base.option, "--library", str(workspace.library.path)]
 
 
 def _joined(selection: Mapping[str, float]) -> str:

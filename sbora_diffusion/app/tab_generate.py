@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from sbora_diffusion.app.bases import FOLDER, POCKET, choose_base, found_bases
 from sbora_diffusion.app.chooser import Chooser, Selection
 from sbora_diffusion.app.desk import PRIVATE, Desk, in_plain_words
 from sbora_diffusion.app.drawing import (
@@ -26,6 +27,7 @@ from sbora_diffusion.app.drawing import (
     Studio,
     restored,
 )
+from sbora_diffusion.app.shown import shown_path
 from sbora_diffusion.core.errors import DataError
 from sbora_diffusion.pictures import read_parameters
 
@@ -64,11 +66,14 @@ class GenerateTab:
         guidance: float,
         negative_prompt: str,
         regions: str,
+        size: str,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio hands it over
     ) -> tuple[list[tuple[str, str]], str, str]:
         """Draw pictures; returns (picture, caption) pairs, the parameters, and the command."""
-        wanted = _request(prompt, selection, seed, num, steps, guidance, negative_prompt, regions)
+        wanted = _request(
+            prompt, selection, seed, num, steps, guidance, negative_prompt, regions, size
+        )
         (outcome,) = await self._draw([wanted], request, progress)
         for warning in outcome.warnings:
             gr.Warning(warning)
@@ -144,7 +149,7 @@ class GenerateTab:
     def restore(self, file: str | None, request: gr.Request) -> list[Any]:
         """Everything that made a picture, read from it; the inputs, and the rows anew."""
         if not file:
-            return [gr.skip()] * 9
+            return [gr.skip()] * 10
         with in_plain_words():
             parameters = read_parameters(Path(file))
             if not parameters:
@@ -159,8 +164,25 @@ class GenerateTab:
         chosen = dict(found.concepts)
         return [
             found.prompt, chosen, found.seed, found.num, found.steps, found.guidance,
-            found.negative_prompt, found.regions, self.chooser.anew(request),
+            found.negative_prompt, found.regions,
+            found.size or self.desk.workspace(request).base.sizes[0], self.chooser.anew(request),
         ]  # fmt: skip
+
+    def bases(self, request: gr.Request) -> tuple[Any, Any]:
+        """What can be chosen, what is chosen, and the sizes of its pictures."""
+        base = self.desk.workspace(request).base
+        names = list(found_bases(self.desk.workspaces.home))
+        return (
+            gr.Dropdown(choices=names, value=base.name),
+            gr.Dropdown(choices=base.sizes, value=base.sizes[0]),
+        )
+
+    def change_base(self, name: str, request: gr.Request) -> tuple[Any, Any, Selection, str]:
+        """Load another base; its concepts take the place of those of the one before."""
+        with in_plain_words():
+            folder = self.desk.workspace(request).folder
+            choose_base(folder, self.desk.workspaces.home, name, self.desk.engine)
+        return *self.bases(request), {}, self.chooser.anew(request)
 
     def build(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """The layout, inside its tab."""
@@ -178,8 +200,8 @@ class GenerateTab:
                 self.chooser = Chooser(self.desk, "use", prompt)
                 selection, rows = self.chooser.selection, self.chooser.stamp
                 regions = self._regions(selection)
-                settings = self._settings()
-                inputs = [prompt, selection, *settings, regions]
+                settings, size = self._settings()
+                inputs = [prompt, selection, *settings, regions, size]
             with gr.Column(scale=5, min_width=300):
                 outputs = self._results()
                 with gr.Accordion("Compare with the base alone", open=False):
@@ -202,6 +224,8 @@ class GenerateTab:
         taken = drop.upload(self.restore, drop, [*inputs, rows], **PRIVATE)
         taken.then(lambda: None, None, drop, **PRIVATE)  # ready for the next one
         page.load(self.first, None, [prompt, selection, rows], **PRIVATE)
+        page.load(self.bases, None, [self.base, size], show_progress="hidden", **PRIVATE)
+        self.base.input(self.change_base, self.base, [self.base, size, selection, rows], **PRIVATE)
         self.chooser.look_at(tab.select)
         page.unload(self.leave)
 
@@ -221,20 +245,30 @@ class GenerateTab:
         clear.click(None, None, regions, js='() => ""', queue=False)
         return regions
 
-    def _settings(self) -> list[gr.components.Component]:
+    def _settings(self) -> tuple[list[gr.components.Component], gr.Dropdown]:
         with gr.Row():
             seed = gr.Number(
                 42, label="Seed", info="-1: another one each time", precision=0, minimum=-1,
                 maximum=MAX_SEED, min_width=120, elem_id="seed",
             )  # fmt: skip
             num = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Images", min_width=160)
+            size = gr.Dropdown(
+                POCKET.sizes, value=POCKET.sizes[0], label="Size", allow_custom_value=True,
+                info="width × height, in pixels", min_width=150, elem_id="size", interactive=True,
+            )  # fmt: skip
         with gr.Accordion("Advanced", open=False):
             steps = gr.Slider(1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Sampling steps")
             guidance = gr.Slider(1, 15, DEFAULT_GUIDANCE, step=0.5, label="Guidance scale")
             negative = gr.Textbox(
                 label="Negative prompt", max_length=MAX_PROMPT, placeholder="what to avoid"
             )
-        return [seed, num, steps, guidance, negative]
+            folder = shown_path(self.desk.workspaces.home / FOLDER)
+            self.base = gr.Dropdown(
+                [POCKET.name], value=POCKET.name, label="Base model", interactive=True,
+                elem_id="base", info="For all tabs. Model folders and .safetensors checkpoints in "
+                f"{folder} can be chosen here after a reload.",
+            )  # fmt: skip
+        return [seed, num, steps, guidance, negative], size
 
     def _results(self) -> list[gr.components.Component]:
         gallery = gr.Gallery(
@@ -259,10 +293,13 @@ def _request(
     guidance: float,
     negative_prompt: str | None,
     regions: str | None,
+    size: str | None,
 ) -> Request:
     """The inputs as they come from the page, where what is empty may be None."""
     chosen, negative = dict(selection or {}), negative_prompt or ""
-    return Request(prompt, chosen, seed, num, steps, guidance, negative, regions or "")
+    return Request(
+        prompt, chosen, seed, num, steps, guidance, negative, regions or "", size or ""
+    )  # fmt: skip
 
 
 def _used(request: Request, seeds: list[int]) -> str:
@@ -273,6 +310,8 @@ def _used(request: Request, seeds: list[int]) -> str:
         f"**Seed** {several} · **steps** {request.steps} · **guidance** {request.guidance:g} · "
         f"**concepts** {html.escape(concepts)}"
     )
+    if request.size:
+        line += f" · **size** {html.escape(request.size)}"
     if request.negative_prompt:
         line += f" · **negative prompt** {html.escape(request.negative_prompt)}"
     if request.places:

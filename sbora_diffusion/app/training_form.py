@@ -95,7 +95,7 @@ def submit_training(
         raise ConfigError("There is nothing to train", "make a concept under Concepts first")
     if any(job.is_open and job.kind == "train" and job.title == name for job in store.jobs()):
         raise ConfigError(f"{name} is being trained already", "wait for its end, or stop it")
-    words = ["train", str(workspace.subjects / name)]
+    words = ["train", str(workspace.subjects / name), *workspace.base.option]
     words += [part for k, v in changed(settings).items() for part in ("-s", f"{k}={_text(v)}")]
     if every:
         words += ["--sample-every", str(int(every))]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sbora_diffusion.app.bases import ChosenBase, chosen_base
 from sbora_diffusion.cards import Card, find_cards
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.core.schema import NAME_PATTERN
@@ -48,9 +49,15 @@ class Workspace:
     def jobs(self) -> Path:
         return self.folder / "jobs"
 
+    @property
+    def base(self) -> ChosenBase:
+        """The base that this person draws and trains with."""
+        return chosen_base(self.folder)
+
     def cards(self) -> tuple[list[Card], list[str]]:
-        """The concepts that can be chosen now, and what is wrong with those that cannot."""
-        return find_cards(self.library, self.examples)
+        """The base's concepts that can be chosen now, and what is wrong with those that cannot."""
+        base = self.base
+        return find_cards(self.library, self.examples if base.is_pocket else None, base.key)
 
     def card(self, key: str) -> Card:
         """The concept of that key.

@@ -71,7 +71,7 @@ class TrainConfig(BaseModel):
 
 
 class DrawConfig(BaseModel):
-    """Everything beside prompt and model that decides the pictures of `sbora generate`."""
+    """Everything beside prompt and model that decides pictures of the base's own size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -80,3 +80,15 @@ class DrawConfig(BaseModel):
     steps: int = Field(20, ge=1, le=1000)
     guidance: float = Field(4.0, ge=0, description="guidance scale; 1 and less is none")
     negative_prompt: str = ""
+
+
+class PictureConfig(DrawConfig):
+    """The same for `sbora generate`, whose pictures may have any size."""
+
+    width: int | None = Field(None, ge=8, le=8192, description="the base's by default")
+    height: int | None = Field(None, ge=8, le=8192, description="the base's by default")
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What of width and height was given."""
+        return self.model_dump(include={"width", "height"}, exclude_none=True)

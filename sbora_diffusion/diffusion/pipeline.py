@@ -35,6 +35,7 @@ class Sampler(Protocol):
         guidance: float,
         negative_prompt: str,
         on_step: Callable[[int], None] | None,
+        size: tuple[int, int] | None,
     ) -> torch.Tensor: ...
 
 
@@ -166,6 +167,8 @@ def generate(
     steps: int = DEFAULT_STEPS,
     guidance: float = DEFAULT_GUIDANCE,
     negative_prompt: str = "",
+    width: int | None = None,
+    height: int | None = None,
     on_step: StepCallback | None = None,
     sampler: Sampler | None = None,
 ) -> list[Image.Image]:
@@ -173,6 +176,7 @@ def generate(
     (up to rounding: pictures are drawn four at a time).
 
     Args:
+        width, height: in pixels; each is the base's own by default.
         on_step: called with (steps done, steps in all).
         sampler: `draw_latents` by default; e.g. `regions.Regions`.
 
@@ -185,8 +189,21 @@ def generate(
     most = base.pipeline.scheduler.config.num_train_timesteps
     if steps > most:
         raise ConfigError(f"the base samples in at most {most} steps, got {steps}", "take fewer")
-    seeds = [seed + k for k in range(num)]
-    return draw(base, [prompt] * num, seeds, steps, guidance, negative_prompt, on_step, sampler)
+    seeds, size = [seed + k for k in range(num)], _size(base, width, height)
+    prompts = [prompt] * num
+    return draw(base, prompts, seeds, steps, guidance, negative_prompt, on_step, sampler, size)
+
+
+def _size(base: Base, width: int | None, height: int | None) -> tuple[int, int] | None:
+    """Height and width, None where neither is given."""
+    multiple = 2 * base.pipeline.vae_scale_factor
+    for name, side in (("width", width), ("height", height)):
+        if side is not None and (side < 1 or side % multiple):
+            near = max(multiple, round(side / multiple) * multiple)
+            raise ConfigError(
+                f"the {name} must be a multiple of {multiple}, got {side}", f"take {near}"
+            )
+    return (height or base.resolution, width or base.resolution) if width or height else None
 
 
 def draw(
@@ -198,8 +215,13 @@ def draw(
     negative_prompt: str = "",
     on_step: StepCallback | None = None,
     sampler: Sampler | None = None,
+    size: tuple[int, int] | None = None,
 ) -> list[Image.Image]:
-    """One picture per prompt and seed, four at a time, decoded and checked."""
+    """One picture per prompt and seed, four at a time, decoded and checked.
+
+    Args:
+        size: height and width in pixels, the base's own by default.
+    """
     pictures: list[Image.Image] = []
     sampler = sampler or draw_latents
     chunks = [slice(k, k + AT_ONCE) for k in range(0, len(prompts), AT_ONCE)]
@@ -210,7 +232,7 @@ def draw(
                 on_step(number * steps + done, len(chunks) * steps)
 
         latents = sampler(
-            base, prompts[rows], seeds[rows], steps, guidance, negative_prompt, report
+            base, prompts[rows], seeds[rows], steps, guidance, negative_prompt, report, size
         )
         pictures += decode(base, latents)
     return pictures

@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from sbora_diffusion.app.drawing import Request, Stopped, Studio
+from sbora_diffusion.app.drawing import Request, Stopped, Studio, restored
 from sbora_diffusion.app.engine import Engine, Gate
 from sbora_diffusion.app.server import main
 from sbora_diffusion.app.workspace import Handout, Workspaces
@@ -27,6 +28,7 @@ from sbora_diffusion.core.concept_set import read_concept_set, write_concept_set
 from sbora_diffusion.core.errors import ConfigError, ConflictError, ResourceError
 from sbora_diffusion.jobs import add_to_library
 from sbora_diffusion.library import Library
+from sbora_diffusion.pictures import read_parameters
 
 PROMPT = "a photo of <plushbear> next to <baseballcap> on the beach"
 BOTH = {"plushbear": 1.0, "baseballcap": 1.0}
@@ -84,11 +86,28 @@ def draw(served):
     client = Client(served.url, verbose=False)
 
     def ask(
-        prompt=PROMPT, selection=None, seed=7, num=1, steps=2, guidance=4, negative="", regions=""
+        prompt=PROMPT,
+        selection=None,
+        seed=7,
+        num=1,
+        steps=2,
+        guidance=4,
+        negative="",
+        regions="",
+        size="",
     ):
         chosen = BOTH if selection is None else selection
         gallery, used, command = client.predict(
-            prompt, chosen, seed, num, steps, guidance, negative, regions, api_name="/generate"
+            prompt,
+            chosen,
+            seed,
+            num,
+            steps,
+            guidance,
+            negative,
+            regions,
+            size,
+            api_name="/generate",
         )
         files = [item["image"] for item in gallery]
         return SimpleNamespace(
@@ -115,6 +134,7 @@ def test_the_names_of_the_interface_are_stable(served):
     parameters = [entry["parameter_name"] for entry in endpoints["/generate"]["parameters"]]
     assert parameters == [
         "prompt", "selection", "seed", "num", "steps", "guidance", "negative_prompt", "regions",
+        "size",
     ]  # fmt: skip
 
 
@@ -157,6 +177,17 @@ def test_the_command_line_names_prompt_files_weights_and_changed_settings(draw, 
     assert "--seed 7 --num 2 --steps 2 --guidance 3.5 --negative fog" in command
 
 
+def test_a_picture_may_have_another_size_which_it_tells(draw):
+    drawn = draw(size="96 × 64", steps=1)
+    assert drawn.pixels[0].shape == (64, 96, 3)
+    assert "--width 96 --height 64" in drawn.command and "96 × 64" in drawn.used
+    told = read_parameters(Path(drawn.files[0]))
+    assert restored(told, [])[0].size == "96 × 64"
+    assert "--width" not in draw(size="128 × 128", steps=1).command
+    placed = draw(regions="plushbear=0,0,0.5,1\nbaseballcap=0.5,0,1,1", size="96 × 64", steps=1)
+    assert placed.pixels[0].shape == (64, 96, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -170,6 +201,9 @@ def test_the_command_line_names_prompt_files_weights_and_changed_settings(draw, 
         ({"num": 9}, "9"),
         ({"num": 1.5}, "must be a whole number"),
         ({"steps": 0}, "0"),
+        ({"size": "huge"}, "'huge' is none"),
+        ({"size": "100 x 128"}, "multiple of 8"),
+        ({"size": "1024 x 128"}, "width must be a whole number between 8 and 512"),
     ],
 )
 def test_a_wrong_request_gives_one_readable_line_and_the_next_one_works(draw, change, message):

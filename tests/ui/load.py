@@ -123,7 +123,7 @@ class User:
         self.seen.done["left"] += 1
 
     def _request(self, seed: int, steps: int = 1) -> list:
-        return [self.prompt, {"plushbear": 1.0}, seed, 1, steps, 4, "", ""]
+        return [self.prompt, {"plushbear": 1.0}, seed, 1, steps, 4, "", "", ""]
 
     async def _call(self, event: int, data: list) -> dict:
         return await self._answer(await self._join(event, data))
