@@ -87,6 +87,6 @@ class Engine:
         return await loop.run_in_executor(self._thread, partial(context.run, work, *arguments))
 
     def warm_up(self) -> None:
-        """Load the base while people still read the page; whoever draws is told of an error."""
+        """Load pocket before anybody asks for a picture; whoever draws is told of an error."""
         with suppress(SboraError), self.pipeline():
             pass

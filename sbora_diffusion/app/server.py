@@ -53,6 +53,8 @@ def main(
             "give --auth NAME:PASSWORD, or listen on 127.0.0.1",
         )
     desk = Desk(Workspaces(library, examples, [name for name, _ in logins]))
+    if block:  # while gradio starts and people read the page
+        threading.Thread(target=desk.engine.warm_up, daemon=True).start()
     page = build(desk)
     try:
         page.launch(
@@ -66,7 +68,6 @@ def main(
         raise ResourceError(f"{listen}:{port} is in use", "choose another --port") from error
     desk.runner.start()
     if block:
-        threading.Thread(target=desk.engine.warm_up, daemon=True).start()
         try:
             page.block_thread()
         finally:

@@ -46,10 +46,14 @@ def free_port() -> int:
 def serve(folder: Path, *options: str) -> Served:
     """Start `sbora app` with an empty library in a folder."""
     port, began = free_port(), time.monotonic()
-    environment = {**os.environ, "SBORA_LIBRARY": str(folder / "library.sqlite3")}
+    environment = {
+        **os.environ,
+        "SBORA_LIBRARY": str(folder / "library.sqlite3"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     command = [sys.executable, "-m", "sbora_diffusion", "app", "--port", str(port), *options]
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
     while time.monotonic() < began + START_SECONDS and process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
