@@ -40,7 +40,7 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="FILE[:WEIGHT]",
-            help="A file, or a name in the library; may be repeated. Concepts of the library "
+            help="A file, or a name in the library or of an example; may be repeated. Concepts of the library "
             "whose token stands in the prompt are found without it.",
         ),
     ] = None,
