@@ -40,8 +40,8 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="FILE[:WEIGHT]",
-            help="A file, or a name in the library or of an example; may be repeated. Concepts of the library "
-            "whose token stands in the prompt are found without it.",
+            help="A file, or a name in the library or of an example; may be repeated. Concepts of "
+            "the library whose token stands in the prompt are found without it.",
         ),
     ] = None,
     region: Annotated[
