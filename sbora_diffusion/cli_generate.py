@@ -184,6 +184,8 @@ def _save(
     for k, (picture, file) in enumerate(zip(pictures, files, strict=True)):
         seed = drawing.seed + k
         parameters = picture_parameters(pipeline.base, prompt, concepts, seed=seed, **options)
-        save_png(picture, file, {**parameters, **drawing.size, **placed})
-        saved.append({**parameters, **drawing.size, **placed})
+        if drawing.width or drawing.height:
+            parameters |= {"width": picture.width, "height": picture.height}
+        save_png(picture, file, {**parameters, **placed})
+        saved.append({**parameters, **placed})
     return saved

@@ -136,6 +136,16 @@ def test_regions_are_drawn_and_noted_in_the_picture(sbora):
     assert pictures["half"] != pictures["auto"]
 
 
+def test_a_picture_has_the_size_that_was_asked_for_and_notes_it(sbora):
+    status, _, err = sbora("a dog", "--width", 96, *QUICK, "-o", "wide.png")
+    assert status == 0, err
+    with Image.open("wide.png") as picture:
+        assert picture.size == (96, 128)
+        made = json.loads(picture.text["sbora"])
+    assert (made["width"], made["height"]) == (96, 128)
+    assert refused(sbora("a dog", "--height", 90, *QUICK), "multiple of 8", "take 88")
+
+
 def test_no_picture_replaces_another(sbora, monkeypatch):
     for files in (["picture.png"], ["picture_2.png"]):
         assert json.loads(sbora("a bear", *QUICK)[1])["files"] == files

@@ -87,8 +87,3 @@ class PictureConfig(DrawConfig):
 
     width: int | None = Field(None, ge=8, le=8192, description="the base's by default")
     height: int | None = Field(None, ge=8, le=8192, description="the base's by default")
-
-    @property
-    def size(self) -> dict[str, int]:
-        """What of width and height was given."""
-        return self.model_dump(include={"width", "height"}, exclude_none=True)
