@@ -2,14 +2,14 @@
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.app.job_store import Job
 from sbora_diffusion.app.known_concepts import table
 from sbora_diffusion.app.merging import Verdict
-from sbora_diffusion.app.shown import shown_path
+from sbora_diffusion.app.shown import shown_command, shown_path
 
 RECORDS = Path(__file__).parents[2] / "results"
 """In a checkout; the installed package has none."""
@@ -31,6 +31,12 @@ def verdict(found: Verdict) -> str:
     if len(found.names) > 1:
         parts.append("<p>Shared columns or rows, over all layers:</p>" + _overlaps(found))
     return "".join(parts)
+
+
+def same(words: Sequence[str]) -> str:
+    """A command that does the same, for what is done at once and is no job."""
+    command = html.escape(shown_command(["sbora", *words]))
+    return f'<p class="note">The same on the command line: <code class="path">{command}</code></p>'
 
 
 def result(job: Job) -> str:

@@ -76,8 +76,13 @@ def submit_check(workspace: Workspace, store: JobStore, selection: Mapping[str, 
     if problems := judge(workspace, selection).problems:
         raise ConflictError(problems[0], "`Check` says all that speaks against it")
     plot = _fresh(workspace, f"crosstalk-{_joined(selection)}", ".png")
-    words = ["check", *_specs(workspace, selection), "--plot", str(plot)]
-    return store.submit("check", _title(selection), _with_library(words, workspace), plot)
+    words = [*check_words(workspace, selection), "--plot", str(plot)]
+    return store.submit("check", _title(selection), words, plot)
+
+
+def check_words(workspace: Workspace, selection: Mapping[str, float]) -> list[str]:
+    """The command that tells what `judge` tells, and more."""
+    return _with_library(["check", *_specs(workspace, selection)], workspace)
 
 
 def submit_merge(

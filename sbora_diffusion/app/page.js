@@ -107,6 +107,8 @@
   // The server writes into the field too, and no event says so.
   setInterval(() => {
     const text = field()?.value;
+    const sides = /(\d+)\s*[x×*]\s*(\d+)/.exec(document.querySelector("#size input")?.value ?? "");
+    if (canvas() && sides) canvas().style.aspectRatio = `${sides[1]} / ${sides[2]}`;
     if (text !== undefined && (text !== shown || !canvas()?.children.length)) draw(text);
   }, 300);
 })();

@@ -14,17 +14,15 @@ from sbora_diffusion.cards import Card
 from sbora_diffusion.core.errors import DataError
 
 ROW_CSS = """
-.concept {display: grid !important; align-items: center; gap: 4px 12px !important;
-  padding: 2px 12px !important;
-  grid-template-columns: 24px minmax(130px, 1fr) max-content 170px}
+.concept {display: grid !important; align-items: center; gap: 4px 10px !important;
+  padding: 2px 8px !important; grid-template-columns: 24px minmax(0, 1fr) max-content 140px}
+.concept.plain {grid-template-columns: 24px minmax(0, 1fr) 150px}
 .concept .html-container {padding: 0 !important}
 .concept .reset-button {display: none}
-.concept input[type=number] {border-radius: var(--input-radius) !important;
-  border-right: 1px solid var(--input-border-color) !important}
 .concept .card b {overflow-wrap: anywhere}
 .concept > * {min-width: 0 !important; width: auto !important}
 .concept .card {display: flex; align-items: center; gap: 10px}
-.concept .card img, .concept .card .none {width: 52px; height: 52px; border-radius: 8px;
+.concept .card img, .concept .card .none {width: 46px; height: 46px; border-radius: 8px;
   object-fit: cover; flex: none}
 .concept .card .none {display: grid; place-items: center; font-weight: 600;
   background: var(--neutral-200); color: var(--neutral-700)}
@@ -37,7 +35,8 @@ ROW_CSS = """
   clip-path: inset(50%)}
 @media (max-width: 600px) {
   .concept {grid-template-columns: 24px minmax(0, 1fr) max-content}
-  .concept > :nth-child(4) {grid-column: 2 / 4}
+  .concept.plain {grid-template-columns: 24px minmax(0, 1fr)}
+  .concept > :last-child {grid-column: 2 / -1}
   .concept .card img, .concept .card .none {width: 40px; height: 40px}
   .concept .card b {font-size: .9em}
 }
@@ -70,16 +69,14 @@ def concept_row(
         verb: what the switch does with the concept.
     """
     on, name = weight is not None, json.dumps(card.key)
-    with gr.Row(elem_classes="concept"):
+    with gr.Row(elem_classes="concept" if prompt is not None else ["concept", "plain"]):
         # Said, since gradio takes what an event writes into for an output and locks it.
         switch = gr.Checkbox(
             on, label=f"{verb} {card.name}", container=False, elem_classes="switch", min_width=24,
             interactive=True,
         )  # fmt: skip
-        gr.HTML(_card_html(card), min_width=130)
-        if prompt is None:
-            gr.HTML(f"<code>{html.escape(card.token)}</code>", min_width=60)
-        else:
+        gr.HTML(_card_html(card, "" if prompt is not None else card.token), min_width=130)
+        if prompt is not None:
             token = gr.Button(
                 card.token or "–", size="sm", min_width=60, elem_classes="token",
             )  # fmt: skip
@@ -97,12 +94,13 @@ def concept_row(
         token.click(None, [prompt], [prompt, switch], js=insert, queue=False)
 
 
-def _card_html(card: Card) -> str:
+def _card_html(card: Card, token: str) -> str:
     picture = f'<span class="none">{card.name[0].upper()}</span>'
     if card.thumbnail and (data := thumbnail(card.thumbnail)):
         picture = f'<img src="data:image/jpeg;base64,{data}" alt="reference of {card.name}">'
-    name, noun = html.escape(card.name), html.escape(card.class_noun)
-    return f'<div class="card">{picture}<div><b>{name}</b><small>{noun}</small></div></div>'
+    name, about = card.name, " · ".join(part for part in (card.class_noun, token) if part)
+    words = f"<b>{html.escape(name)}</b><small>{html.escape(about)}</small>"
+    return f'<div class="card">{picture}<div>{words}</div></div>'
 
 
 @functools.lru_cache(maxsize=256)

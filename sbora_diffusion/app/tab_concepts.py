@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.app.desk import ONE_BY_ONE, PRIVATE, Desk, in_plain_words
+from sbora_diffusion.app.found import same
 from sbora_diffusion.app.known_concepts import known_table, ownership
 from sbora_diffusion.app.rows import thumbnail
 from sbora_diffusion.app.subjects import (
@@ -110,7 +111,7 @@ class ConceptsTab:
 
     def delete(self, victim: str | None, request: gr.Request) -> list[Any]:
         """Delete a concept folder, or forget a concept of the library."""
-        workspace = self.desk.workspace(request)
+        workspace, told = self.desk.workspace(request), '<p class="good">Deleted.</p>'
         with in_plain_words():
             kind, _, name = (victim or "folder:").partition(":")
             if kind == "folder":
@@ -118,7 +119,9 @@ class ConceptsTab:
             else:
                 base, variant, own = json.loads(name)
                 workspace.library.remove(own, base, variant)
-        return ['<p class="good">Deleted.</p>', *self.overview(request)]
+                words = ["library", "remove", own, "--base", base, "--variant", variant]
+                told += same([*words, "--library", str(workspace.library.path)])
+        return [told, *self.overview(request)]
 
     def overview(self, request: gr.Request) -> list[Any]:
         """Table, what can be deleted, room left, and the map."""

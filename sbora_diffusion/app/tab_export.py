@@ -7,7 +7,7 @@ import gradio as gr
 
 from sbora_diffusion.app.chooser import Chooser
 from sbora_diffusion.app.desk import PRIVATE, Desk, in_plain_words
-from sbora_diffusion.app.found import result
+from sbora_diffusion.app.found import result, same
 from sbora_diffusion.app.importing import bring
 from sbora_diffusion.app.job_panel import JobPanel
 from sbora_diffusion.app.merging import TOOLS, submit_export
@@ -58,6 +58,9 @@ class ExportTab:
 
     def bring(self, upload: str | None, request: gr.Request) -> tuple[str, None]:
         """Register the concepts of a file."""
+        workspace, file = self.desk.workspace(request), Path(upload or "")
         with in_plain_words():
-            names = bring(self.desk.workspace(request), self.desk.engine, Path(upload or ""))
-        return f'<p class="good">{html.escape(", ".join(names))} can be used now.</p>', None
+            names = bring(workspace, self.desk.engine, file)
+        words = ["library", "add", file.name, "--library", str(workspace.library.path)]
+        told = f'<p class="good">{html.escape(", ".join(names))} can be used now.</p>'
+        return told + same(words), None

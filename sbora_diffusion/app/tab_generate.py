@@ -248,7 +248,7 @@ class GenerateTab:
     def _settings(self) -> tuple[list[gr.components.Component], gr.Dropdown]:
         with gr.Row():
             seed = gr.Number(
-                42, label="Seed", info="-1: another one each time", precision=0, minimum=-1,
+                42, label="Seed", info="-1: any", precision=0, minimum=-1,
                 maximum=MAX_SEED, min_width=120, elem_id="seed",
             )  # fmt: skip
             num = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Images", min_width=160)

@@ -4,10 +4,11 @@ import gradio as gr
 
 from sbora_diffusion.app.chooser import Chooser
 from sbora_diffusion.app.desk import PRIVATE, Desk, in_plain_words
-from sbora_diffusion.app.found import result, verdict
+from sbora_diffusion.app.found import result, same, verdict
 from sbora_diffusion.app.job_panel import JobPanel
 from sbora_diffusion.app.merging import (
     FORMS,
+    check_words,
     judge,
     product_pictures,
     submit_check,
@@ -59,7 +60,8 @@ class MergeTab:
     def check(self, selection: Selection, request: gr.Request) -> str:
         """All that can be known at once."""
         with in_plain_words():
-            return verdict(judge(self.desk.workspace(request), selection or {}))
+            workspace, chosen = self.desk.workspace(request), selection or {}
+            return verdict(judge(workspace, chosen)) + same(check_words(workspace, chosen))
 
     def predict(self, selection: Selection, request: gr.Request) -> list:
         """Put the check into the queue that draws with each concept."""
