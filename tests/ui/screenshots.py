@@ -1,5 +1,6 @@
 """Pictures of every tab in light, in dark and on a phone: `python -m tests.ui.screenshots DIR`."""
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.ui.browser import NEEDED, find
 from tests.ui.conftest import end, serve
-from tests.ui.steps import CONCEPTS, drawn, make_concept, opened, start_training, switch, tab
+from tests.ui.steps import CONCEPTS, LONG, drawn, make_concept, opened, start_training, switch, tab
 
 TABS = ("Generate", "Concepts", "Train", "Merge", "Evaluate", "Export")
 LOOKS = {"light": (1200, "light"), "dark": (1200, "dark"), "phone": (390, "light")}
@@ -35,6 +36,9 @@ def at_work(page) -> None:
     opened(page, "Regions")
     page.get_by_role("button", name="Side by side").click()
     drawn(page)
+    page.locator("#train-view .loss", has_text=re.compile(r"loss \d")).wait_for(
+        state="attached", timeout=LONG
+    )
 
 
 def main() -> int:
