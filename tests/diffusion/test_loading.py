@@ -21,6 +21,7 @@ from tests.diffusion.helpers import assert_untouched, snapshot, strong_concept
 from tests.diffusion.lora_examples import concept_for
 from tests.diffusion.thin_families import thin_family
 from tests.diffusion.thin_pocket import thin_pocket
+from tests.diffusion.thin_sd15 import thin_sd15
 
 PROMPT = "a photo of <one>"
 
@@ -171,10 +172,11 @@ def test_importing_the_package_stays_light():
         _ = sbora_diffusion.nothing
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3"])
 def test_texts_with_placeholders_are_pooled_at_their_end(pocket, family, tmp_path):
     """Configurations with `eos_token_id == 2` pool at the highest number: the placeholder's."""
-    base = thin_family(family, pocket)
+    base = thin_sd15(pocket) if family == "sd1" else thin_family(family, pocket)
+    assert base.pipeline.text_encoder.config.eos_token_id == 2
     write_concept(tmp_path / "mug.safetensors", concept_for(base.pipeline, "mug", family))
     loaded = load_sbora(base.pipeline, tmp_path / "mug.safetensors")
     for name, encoder in text_encoders(base.pipeline).items():

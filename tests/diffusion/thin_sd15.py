@@ -32,6 +32,7 @@ def thin_sd15(pocket: Base) -> Base:
                 intermediate_size=3072,
                 num_hidden_layers=1,
                 num_attention_heads=12,
+                eos_token_id=2,  # as Stable Diffusion 1.5 has it
             )
         )
     pipeline = StableDiffusionPipeline(
