@@ -61,7 +61,6 @@ class Calibrated(Merged):
         allow_overlap: bool = False,
         on_step: StepCallback | None = None,
     ) -> None:
-        base.refuse_several_encoders("a calibrated merge", "merge with --no-calibrate")
         self.config = config or CalibrateConfig()
         self._on_step = on_step
         self._given: list[Weighted] = []

@@ -4,7 +4,7 @@ They are all that calibrated merging knows of the activations, see `core/calibra
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -16,17 +16,18 @@ from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.diffusion.activations import own_prompts, watched
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.generic import generic_prompts
-from sbora_diffusion.diffusion.pipeline import sample
+from sbora_diffusion.diffusion.pipeline import hears_nothing, sample, told_texts
 from sbora_diffusion.diffusion.prompts import spelled
 from sbora_diffusion.diffusion.targets import target_layers
-from sbora_diffusion.diffusion.tokens import read_texts
+from sbora_diffusion.diffusion.tokens import ENCODERS, FIRST, read_texts
 
 AT_ONCE = 8
 """Prompts in a batch, which guidance doubles."""
 PADDING = 0.05
 """How much a position after the prompt's end counts; they outnumber the words by far."""
 
-_READS_TEXT = re.compile(r"\.attn2\.to_[kv]$")
+_READS_TEXT = re.compile(r"\.attn2\.to_[kv]$|\.add_[qkv]_proj$|\.to_add_out$")
+"""Of a denoiser's layers, those whose inputs are positions of the texts."""
 
 
 class CalibrateConfig(BaseModel):
@@ -141,43 +142,69 @@ def _draw(
     after: Callable[[int], None],
 ) -> None:
     """Draw one batch and count what the layers read."""
-    empty = [""] * len(prompts)
-    texts = {
-        "prompt_embeds": _encoded(base, prompts, moments),
-        "negative_prompt_embeds": _encoded(base, empty, moments if both_halves else Moments()),
-    }
-    weights = _position_weights(base, prompts)
+    empty, part = [""] * len(prompts), base.kind.denoiser
+    texts = _encoded(base, prompts, moments)
+    counted = both_halves and not hears_nothing(base)
+    for name, value in _encoded(base, empty, moments if counted else Moments()).items():
+        texts[f"negative_{name}"] = torch.zeros_like(value) if hears_nothing(base) else value
+    weights = _position_weights(base, prompts)[part]
     if both_halves:  # diffusers puts the negative half first
-        weights = torch.cat([_position_weights(base, empty), weights])
-    unet = {n: x for n, x in target_layers(base.pipeline).items() if n.startswith("unet.")}
+        weights = torch.cat([_position_weights(base, empty)[part], weights])
+    layers = {n: x for n, x in target_layers(base.pipeline).items() if n.startswith(f"{part}.")}
     seeds = [seed + k for k in range(len(prompts))]
-    with watched(unet, _Counting(moments, weights)):
+    with watched(layers, _Counting(moments, {part: weights})):
         sample(base, texts, seeds, config.steps, config.guidance, after)
 
 
 class _Counting:
-    """Counts the last rows of each layer's input; what several layers read is multiplied once."""
+    """Counts the last rows of each layer's input; what several layers read is multiplied once.
 
-    def __init__(self, moments: Moments, weights: Tensor) -> None:
+    Args:
+        weights: model → (rows, positions), how much each position of its texts counts.
+    """
+
+    def __init__(self, moments: Moments, weights: Mapping[str, Tensor]) -> None:
         self.moments, self.weights = moments, weights
         self._last: tuple[Tensor, Portion] | None = None
 
     def __call__(self, name: str, x: Tensor) -> None:
         if self._last is None or self._last[0] is not x:
-            reads_text = not name.startswith("unet.") or _READS_TEXT.search(name)
-            rows = x[-len(self.weights) :]
-            self._last = x, portion(rows, self.weights[-len(rows) :] if reads_text else None)
+            part = name.partition(".")[0]
+            weights = self.weights[part]
+            reads_text = part in ENCODERS or _READS_TEXT.search(name)
+            rows = x[-len(weights) :]
+            self._last = x, portion(rows, weights[-len(rows) :] if reads_text else None)
         self.moments.add(name, self._last[1])
 
 
-def _encoded(base: Base, texts: list[str], moments: Moments) -> Tensor:
-    """The text encoder's states (B, tokens, dim); what its layers read is counted."""
+def _encoded(base: Base, texts: list[str], moments: Moments) -> dict[str, Tensor]:
+    """What the text encoders say, as diffusers' pipeline takes it; what their layers read is
+    counted."""
     layers = target_layers(base.pipeline, "text-encoder")
     with watched(layers, _Counting(moments, _position_weights(base, texts))):
-        return base.pipeline.encode_prompt(texts, base.device, 1, False)[0]
+        states, _, *pooled = base.pipeline.encode_prompt(
+            **told_texts(base, "prompt", texts),
+            device=base.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+    told = {"prompt_embeds": states}
+    return told | {"pooled_prompt_embeds": pooled[0]} if pooled else told
 
 
-def _position_weights(base: Base, texts: list[str]) -> Tensor:
-    """(B, tokens): 1 up to the prompt's end, then `PADDING`."""
-    mask = read_texts(base.pipeline, texts).attention_mask.float()
-    return mask + PADDING * (1 - mask)
+def _position_weights(base: Base, texts: list[str]) -> dict[str, Tensor]:
+    """Model → (B, tokens): 1 up to the text's end, then `PADDING`.
+
+    The denoiser reads the CLIPs' states side by side, and behind them those of an encoder with a
+    length of its own.
+    """
+    here = base.kind.present(base.pipeline)
+    masks = {
+        e.model: read_texts(base.pipeline, texts, e.model, e.length).attention_mask.float()
+        for e in here
+    }
+    longer = {e.model: e.length for e in base.kind.encoders if e.length}
+    nothing = {model: torch.zeros(len(texts), length) for model, length in longer.items()}
+    behind = [masks.get(model, nothing[model]) for model in longer]
+    masks[base.kind.denoiser] = torch.cat([masks[FIRST], *behind], 1)
+    return {model: mask + PADDING * (1 - mask) for model, mask in masks.items()}

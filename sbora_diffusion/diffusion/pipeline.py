@@ -266,11 +266,17 @@ def told_texts(base: Base, name: str, texts: Sequence[str]) -> dict[str, Any]:
     if hasattr(pipeline, "maybe_convert_prompt"):
         return {name: texts}
     names = zip((name, f"{name}_2", f"{name}_3"), base.kind.encoders, strict=False)
+    readers = {own: getattr(pipeline, encoder.tokenizer) for own, encoder in names}
     return {
-        own: [expanded(text, getattr(pipeline, encoder.tokenizer)) for text in texts]
-        for own, encoder in names
-        if encoder in base.kind.present(pipeline)
+        own: [expanded(text, reader) if reader else text for text in texts]
+        for own, reader in readers.items()
     }
+
+
+def hears_nothing(base: Base) -> bool:
+    """Whether the unconditional half of guidance is told zeros where there is no negative prompt,
+    as Stable Diffusion XL was trained, and not what an empty text says."""
+    return bool(base.pipeline.config.get("force_zeros_for_empty_prompt"))
 
 
 def sample(

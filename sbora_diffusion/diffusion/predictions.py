@@ -1,4 +1,5 @@
-"""What the UNet predicts while a concept alone draws its own prompts, and the base generic ones."""
+"""What the denoiser predicts while a concept alone draws its own prompts, and the base generic
+ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from sbora_diffusion.diffusion.pipeline import draw_latents
 
 
 class Predictions(NamedTuple):
-    """N rows that the UNet was called with, and what it gave; tensors on the CPU."""
+    """N rows that the denoiser was called with, and what it gave; tensors on the CPU."""
 
     texts: tuple[str, ...]  # N prompts; "" in the unconditional half of guided drawing
     noised: Tensor  # (N, C, H, W)
@@ -76,7 +77,7 @@ def _heard(
         def after(step: int, done: int = done) -> None:
             report(done + step)
 
-        with _overheard(base.pipeline.unet) as calls:
+        with _overheard(base.denoiser) as calls:
             draw_latents(base, rows, seeds, steps, config.guidance, on_step=after)
         texts = (*[""] * len(rows), *rows)  # diffusers puts the negative half first
         parts += [Predictions(texts, *call) for call in calls]
@@ -84,16 +85,18 @@ def _heard(
 
 
 @contextmanager
-def _overheard(unet: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Within, each call of the UNet: its latents, timesteps and prediction, on the CPU."""
+def _overheard(denoiser: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Within, each of its calls: latents, timesteps and prediction, on the CPU."""
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def hook(_unet: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor]) -> None:
-        noised, timestep = inputs
+    def hook(
+        _denoiser: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], outputs: Any
+    ) -> None:
+        noised, timestep = inputs or (named["hidden_states"], named["timestep"])
         timesteps = torch.as_tensor(timestep).reshape(-1).cpu().expand(len(noised))
         calls.append((noised.cpu(), timesteps, outputs[0].cpu()))
 
-    handle = unet.register_forward_hook(hook)
+    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
     try:
         yield calls
     finally:

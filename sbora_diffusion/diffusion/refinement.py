@@ -24,19 +24,22 @@ from sbora_diffusion.core.mixed_layers import mixed_rows
 from sbora_diffusion.core.shares import concept_updates
 from sbora_diffusion.core.updates import Update
 from sbora_diffusion.diffusion.bases import Base
+from sbora_diffusion.diffusion.families import Told
 from sbora_diffusion.diffusion.graphs import Recorded, adding_at_once, device_obstacle
 from sbora_diffusion.diffusion.moments import CalibrateConfig
+from sbora_diffusion.diffusion.pipeline import hears_nothing
 from sbora_diffusion.diffusion.predictions import Predictions
 from sbora_diffusion.diffusion.prompts import spelled
 from sbora_diffusion.diffusion.runtime import deterministic
 from sbora_diffusion.diffusion.targets import target_layers
-from sbora_diffusion.diffusion.tokens import read_texts
+from sbora_diffusion.diffusion.texts import Texts
+from sbora_diffusion.diffusion.tokens import text_encoders
 
 STEPS = 300
 """Of the descent as `sbora merge` takes them; fewer, or fewer predictions in each, leave a model
 worse than the closed form (docs/crosstalk.md)."""
 POSITIONS = 1 << 15
-"""Positions of latents that pass through the UNet at once, so that a GPU's memory holds what the
+"""Positions of latents that pass the denoiser at once, so that a GPU's memory holds what the
 backward pass needs: 32 rows of 32 × 32, or 8 of 64 × 64."""
 
 Banks = Mapping[str, Sequence[Bank]]
@@ -117,15 +120,18 @@ def _descend(
     report: Callable[[int], None],
 ) -> None:
     parameters = [factor for factor in factors if isinstance(factor, nn.Parameter)]
-    learn = _learning(base, parameters, config.refine_rows)
+    texts = _texts(base, heard.texts)
+    learn = _learning(base, texts, parameters, config.refine_rows)
     optimizer = torch.optim.Adam(parameters, lr=config.refine_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, config.refine))
-    ids, generator = _token_ids(base, heard.texts), Generator().manual_seed(config.seed)
+    ids = torch.stack([texts.ids(spelled(text)) for text in heard.texts])
+    told = torch.tensor([bool(text) or not hears_nothing(base) for text in heard.texts])
+    generator = Generator().manual_seed(config.seed)
     at_once = max(1, POSITIONS // heard.noised[0, 0].numel())
     for step in range(1, config.refine + 1):
         rows = torch.randint(len(ids), (config.refine_rows,), generator=generator)
         errors = [
-            learn(ids[some], heard.noised[some], heard.timesteps[some], heard.predicted[some])
+            learn(ids[some], told[some], *(part[some] for part in heard[1:]))
             for some in rows.split(at_once)
         ]
         if not torch.stack(errors).sum().isfinite():
@@ -139,13 +145,17 @@ def _descend(
         report(step)
 
 
-def _learning(base: Base, parameters: Sequence[nn.Parameter], rows: int) -> Recorded:
+def _learning(base: Base, texts: Texts, parameters: Sequence[nn.Parameter], rows: int) -> Recorded:
     """Rows of predictions to their share of the mean squared error, whose gradient is added."""
-    unet, text_encoder = base.pipeline.unet, base.pipeline.text_encoder
+    encoders, silent = text_encoders(base.pipeline), hears_nothing(base)
 
-    def learn(ids: Tensor, noised: Tensor, timesteps: Tensor, predicted: Tensor) -> Tensor:
-        states = text_encoder(ids)[0].to(noised.dtype)
-        found = unet(noised, timesteps, states).sample
+    def learn(
+        ids: Tensor, told: Tensor, noised: Tensor, timesteps: Tensor, predicted: Tensor
+    ) -> Tensor:
+        heard = texts.told(encoders, ids, noised.dtype)
+        if silent:
+            heard = silenced(heard, told)
+        found = base.predicted(base.denoiser, noised, timesteps, heard)
         error = F.mse_loss(found.float(), predicted.float()) * (len(ids) / rows)
         error.backward()
         return error.detach()
@@ -159,12 +169,22 @@ def _learning(base: Base, parameters: Sequence[nn.Parameter], rows: int) -> Reco
     return Recorded(adding, base.device, obstacle, gradients)
 
 
-def _token_ids(base: Base, texts: Sequence[str]) -> Tensor:
-    """(N, tokens) of N texts, each different one read once."""
-    different = list(dict.fromkeys(texts))
-    ids = read_texts(base.pipeline, [spelled(text) for text in different]).input_ids
-    places = {text: k for k, text in enumerate(different)}
-    return ids[[places[text] for text in texts]]
+def _texts(base: Base, texts: Sequence[str]) -> Texts:
+    """Reads these texts; what an encoder says that nothing changes is kept."""
+    kept = [e.model for e in base.kind.present(base.pipeline) if not e.trained]
+    reader = Texts(base, kept)
+    reader.keep(spelled(text) for text in texts)
+    return reader
+
+
+def silenced(heard: Told, told: Tensor) -> Told:
+    """Zeros in the rows that are told nothing.
+
+    Args:
+        told: (B,), bool.
+    """
+    assert heard.pooled is not None
+    return Told(heard.states * told.view(-1, 1, 1), heard.pooled * told.view(-1, 1))
 
 
 def _rate(steps: int, step: int) -> float:
