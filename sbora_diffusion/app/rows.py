@@ -15,8 +15,8 @@ from sbora_diffusion.core.errors import DataError
 
 ROW_CSS = """
 .concept {display: grid !important; align-items: center; gap: 4px 10px !important;
-  padding: 2px 8px !important; grid-template-columns: 24px minmax(0, 1fr) max-content 140px}
-.concept.plain {grid-template-columns: 24px minmax(0, 1fr) 150px}
+  padding: 2px 8px !important; grid-template-columns: 24px minmax(0, 1fr) max-content 172px}
+.concept.plain {grid-template-columns: 24px minmax(0, 1fr) 180px}
 .concept .html-container {padding: 0 !important}
 .concept .reset-button {display: none}
 .concept .card b {overflow-wrap: anywhere}
