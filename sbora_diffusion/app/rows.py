@@ -38,7 +38,8 @@ ROW_CSS = """
   .concept.plain {grid-template-columns: 24px minmax(0, 1fr)}
   .concept > :last-child {grid-column: 2 / -1}
   .concept .card img, .concept .card .none {width: 40px; height: 40px}
-  .concept .card b {font-size: .9em}
+  .concept .card b {font-size: .85em}
+  .concept .token {font-size: .7em}
 }
 """
 # A change of a row goes into the selection in the browser, so it cannot arrive after Generate.

@@ -1,5 +1,7 @@
 """What a first-time user does: draw, teach a concept, draw with it."""
 
+import io
+import json
 import re
 import zipfile
 
@@ -41,6 +43,20 @@ def test_two_concepts_in_regions_of_their_own(page):
     assert not np.array_equal(np.asarray(whole[0]), np.asarray(apart[0]))
     command = page.locator("#command textarea").input_value()
     assert "--region baseballcap=0,0,0.5,1" in command
+
+
+def test_a_wide_picture_is_compared_with_the_base_alone(page):
+    page.locator("#size input").fill("96 × 64")
+    page.locator("#size input").press("Tab")
+    opened(page, "Compare with the base alone")
+    page.locator("#compare").click()
+    page.locator("#comparison img").nth(1).wait_for(timeout=LONG)
+    urls = [image.get_attribute("src") for image in page.locator("#comparison img").all()[:2]]
+    alone, drawn_with = (Image.open(io.BytesIO(page.request.get(url).body())) for url in urls)
+    assert alone.size == drawn_with.size == (96, 64)
+    told = [json.loads(picture.text["sbora"]) for picture in (alone, drawn_with)]
+    names = [[concept["name"] for concept in one["concepts"]] for one in told]
+    assert sorted(names) == [[], ["baseballcap", "plushbear"]]
 
 
 def test_a_region_is_moved_by_the_keyboard_and_by_the_pointer(page):
