@@ -10,6 +10,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read while gradio 
 # Else gradio keeps 10,000 events and makes a data frame of all of them at the end of each.
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(2**31))
+# Threads of torch that wait must not keep a core busy: a browser and trainings run beside the app,
+# and without a core to spare each operation took ten times as long. Read while torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the pocket base needs no hub
 
 import gradio as gr

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import time
+import uuid
 from collections import Counter
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class User:
     async def live(self, until: float) -> None:
         """Open a page, use it, close it, open another, until then."""
         while time.monotonic() < until:
-            self.session = f"{self.number}-{self.rng.randrange(2**40):x}"
+            self.session = uuid.uuid4().hex
             heart = asyncio.create_task(self._beat())
             await self._use(until)
             heart.cancel()
