@@ -19,7 +19,8 @@ WAIT_MILLISECONDS = 120_000
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if Path(__file__).parent in Path(item.path).parents:
+        timed = item.get_closest_marker("pace")
+        if Path(__file__).parent in Path(item.path).parents and not timed:
             item.add_marker(pytest.mark.ui)
 
 

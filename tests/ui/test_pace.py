@@ -2,12 +2,15 @@
 
 import time
 
+import pytest
+
 from tests.ui.conftest import end, serve
 from tests.ui.steps import drawn
 
 START_SECONDS, FIRST_PICTURE_SECONDS = 15, 10
 
 
+@pytest.mark.pace
 def test_the_app_starts_and_draws_its_first_picture_in_seconds(browser, tmp_path, record_property):
     app = serve(tmp_path)
     try:
