@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UI ?= tests/ui
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-reliability test-ui check audit clean
@@ -17,7 +18,7 @@ test-reliability: $(VENV)/.ready-dev
 
 test-ui: $(VENV)/.ready-ui
 	@$(BIN)/python -m tests.ui.browser
-	$(BIN)/python -m pytest tests/ui -m ui
+	$(BIN)/python -m pytest $(UI) -m ui
 
 check: $(VENV)/.ready-dev audit
 	$(BIN)/ruff check .
