@@ -162,7 +162,8 @@ class User:
 
 async def crowd(url: str, users: int, seconds: float) -> Seen:
     """All users, for so long."""
-    seen, limits = Seen(), httpx.Limits(max_connections=4 * users)
+    # The server closes what idles for five seconds, httpx's default too: the two would meet.
+    seen, limits = Seen(), httpx.Limits(max_connections=4 * users, keepalive_expiry=2)
     async with httpx.AsyncClient(timeout=PATIENCE, limits=limits) as client:
         config = (await client.get(f"{url}/config")).json()
         until = time.monotonic() + seconds
