@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -86,7 +86,10 @@ class Engine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, partial(context.run, work, *arguments))
 
-    def warm_up(self) -> None:
-        """Load pocket before anybody asks for a picture; whoever draws is told of an error."""
-        with suppress(SboraError), self.pipeline():
-            pass
+    def warm_up(self) -> Future[None]:
+        """Load pocket and take a step before anybody asks for a picture: the first one is slow."""
+        return self._thread.submit(self._warm)
+
+    def _warm(self) -> None:
+        with suppress(SboraError), self.pipeline() as pipeline:  # whoever draws is told of it
+            pipeline.generate("", steps=1)

@@ -2,8 +2,9 @@
 
 import ipaddress
 import os
-import threading
+import socket
 from collections.abc import Sequence
+from concurrent.futures import wait
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read while gradio is imported
@@ -25,6 +26,8 @@ from sbora_diffusion.core.errors import ConfigError, ResourceError
 
 PAGES = 100
 """Open pages whose state is kept, about 1 MiB each."""
+WARM_SECONDS = 8.0
+"""The page opens after so long even if its base is not ready, as on a busy machine."""
 
 
 def main(
@@ -55,20 +58,16 @@ def main(
             f"listening on {listen} lets others in without a login",
             "give --auth NAME:PASSWORD, or listen on 127.0.0.1",
         )
+    _raise_if_in_use(listen, port)
     desk = Desk(Workspaces(library, examples, [name for name, _ in logins]))
-    if block:  # while gradio starts and people read the page
-        threading.Thread(target=desk.engine.warm_up, daemon=True).start()
-    page = build(desk)
-    try:
-        page.launch(
-            server_name=listen, server_port=port, auth=logins or None, share=False,
-            inbrowser=open_browser, prevent_thread_lock=True, theme=theme(), css=CSS, head=HEAD,
-            max_file_size="10mb", allowed_paths=[], show_error=False, ssr_mode=False, pwa=False,
-            mcp_server=False, enable_monitoring=False, run_history=False, strict_cors=True,
-            footer_links=[], state_session_capacity=PAGES, quiet=not block,
-        )  # fmt: skip
-    except OSError as error:
-        raise ResourceError(f"{listen}:{port} is in use", "choose another --port") from error
+    page = _ready_page(desk) if block else build(desk)
+    page.launch(
+        server_name=listen, server_port=port, auth=logins or None, share=False,
+        inbrowser=open_browser, prevent_thread_lock=True, theme=theme(), css=CSS, head=HEAD,
+        max_file_size="10mb", allowed_paths=[], show_error=False, ssr_mode=False, pwa=False,
+        mcp_server=False, enable_monitoring=False, run_history=False, strict_cors=True,
+        footer_links=[], state_session_capacity=PAGES, quiet=not block,
+    )  # fmt: skip
     desk.runner.start()
     if block:
         try:
@@ -76,6 +75,24 @@ def main(
         finally:
             desk.runner.close()
     return page
+
+
+def _ready_page(desk: Desk) -> gr.Blocks:
+    """The page, once its base can draw: one that opens sooner only competes with it."""
+    print("Getting the base ready ...", flush=True)
+    warm = desk.engine.warm_up()
+    page = build(desk)
+    wait([warm], WARM_SECONDS)
+    return page
+
+
+def _raise_if_in_use(listen: str, port: int) -> None:
+    """Said before the base is read, which takes seconds."""
+    family = socket.AF_INET6 if ":" in listen else socket.AF_INET
+    try:
+        socket.create_server((listen, port), family=family).close()
+    except OSError as error:
+        raise ResourceError(f"{listen}:{port} is in use", "choose another --port") from error
 
 
 def _login(auth: str) -> tuple[str, str]:

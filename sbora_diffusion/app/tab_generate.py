@@ -251,7 +251,7 @@ class GenerateTab:
                 42, label="Seed", info="-1: any", precision=0, minimum=-1,
                 maximum=MAX_SEED, min_width=120, elem_id="seed",
             )  # fmt: skip
-            num = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Images", min_width=160)
+            num = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images", min_width=160, elem_id="num")
             size = gr.Dropdown(
                 POCKET.sizes, value=POCKET.sizes[0], label="Size", allow_custom_value=True,
                 info="width × height, in pixels", min_width=150, elem_id="size", interactive=True,

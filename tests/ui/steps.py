@@ -14,9 +14,13 @@ QUICK = {"batch_size": "1", "copies": "1", "preservation": "0"}
 
 
 def tab(page, name: str) -> None:
-    place = page.get_by_role("tab", name=name, exact=True)
+    place, more = (
+        page.get_by_role("tab", name=name, exact=True),
+        page.locator(".overflow-menu > button"),
+    )
+    place.or_(more).filter(visible=True).first.wait_for()  # a page that opens has none yet
     if not place.is_visible():  # a narrow page has the last ones in a menu
-        page.locator(".overflow-menu > button").click()
+        more.click()
         place = page.locator(".overflow-dropdown button", has_text=name)
     place.click()
 
@@ -90,6 +94,16 @@ def choose(page, where: str, text: str) -> None:
     """An entry of a list that opens."""
     page.locator(f"{where} input").click()
     page.get_by_role("option", name=text).first.click()
+
+
+def watch_steps(page) -> None:
+    """From now on the page keeps each number of steps that the training's panel shows."""
+    page.evaluate(
+        "() => { const view = document.querySelector('#train-view'); window.steps = [];"
+        " new MutationObserver(() => { const now = /training (\\d+) of/.exec(view.innerText);"
+        " if (now) window.steps.push(Number(now[1])); })"
+        ".observe(view, {subtree: true, childList: true, characterData: true}); }"
+    )
 
 
 def state(page, panel: str = "train"):

@@ -24,9 +24,9 @@ def test_the_app_starts_and_draws_its_first_picture_in_seconds(browser, tmp_path
         page.close()
     finally:
         end(app)
-    figures = {"start": app.started, "page": opened - began, "first picture": ended - opened}
+    figures = {"start": app.started, "page": opened - began, "first picture": ended - began}
     for what, seconds in figures.items():
         print(f"{what}: {seconds:.1f} s")
         record_property(f"{what}, seconds", round(seconds, 1))
     assert app.started <= START_SECONDS
-    assert ended - opened <= FIRST_PICTURE_SECONDS
+    assert ended - began <= FIRST_PICTURE_SECONDS
