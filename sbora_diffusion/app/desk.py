@@ -45,6 +45,12 @@ class Desk:
         return Studio(self.workspace(request), self.engine, self.handout)
 
 
+def empty_after(event: Any, place: gr.File) -> None:
+    """Make an upload's place ready for the next one, however the event ended."""
+    for ended in (event.success, event.failure):  # `then` is left out after an error
+        ended(lambda: None, None, place, show_progress="hidden", **PRIVATE)
+
+
 @contextmanager
 def in_plain_words() -> Iterator[None]:
     """Errors become messages of the page; faults of the program go to the log as well."""

@@ -43,7 +43,9 @@ class ConceptsTab:
                     file_types=sorted(IMAGE_SUFFIXES),
                 )  # fmt: skip
                 with gr.Accordion("Take a picture", open=False):
-                    camera = gr.Image(sources=["webcam"], type="filepath", label="Camera")
+                    camera = gr.Image(
+                        sources=["webcam"], type="filepath", label="Camera", elem_id="camera"
+                    )
                 captions = gr.JSON({}, visible=False)
                 self._captions(files, captions)
                 facts = self._facts()
@@ -66,7 +68,7 @@ class ConceptsTab:
                 )  # fmt: skip
         overview = [table, victim, room, owners]
         files.upload(self.check, files, files, **PRIVATE)
-        camera.change(self.photograph, [camera, files], files, **PRIVATE)
+        camera.change(self.photograph, [camera, files], [files, camera], **PRIVATE)
         save.click(
             self.save, [files, captions, *facts], [saved, files, captions, *facts, *overview],
             **PRIVATE,
@@ -83,8 +85,8 @@ class ConceptsTab:
         return [str(file) for file in good] or None
 
     def photograph(self, shot: str | None, files: list[str] | None) -> Any:
-        """Add what the camera took."""
-        return [*(files or []), shot] if shot else gr.skip()
+        """Add what the camera took, and make it ready for the next one."""
+        return ([*(files or []), shot], None) if shot else gr.skip()
 
     def save(
         self,

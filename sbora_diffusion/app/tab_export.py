@@ -6,7 +6,7 @@ from pathlib import Path
 import gradio as gr
 
 from sbora_diffusion.app.chooser import Chooser
-from sbora_diffusion.app.desk import PRIVATE, Desk, in_plain_words
+from sbora_diffusion.app.desk import PRIVATE, Desk, empty_after, in_plain_words
 from sbora_diffusion.app.found import result, same
 from sbora_diffusion.app.importing import bring
 from sbora_diffusion.app.job_panel import JobPanel
@@ -45,7 +45,7 @@ class ExportTab:
             with gr.Column(scale=6, min_width=300):
                 self.panel.build(page, NOTHING)
         export.click(self.export, [selection, to, name], self.panel.outputs, **PRIVATE)
-        upload.upload(self.bring, upload, [brought, upload], **PRIVATE)
+        empty_after(upload.upload(self.bring, upload, brought, **PRIVATE), upload)
 
     def export(self, selection: Selection, to: str, name: str, request: gr.Request) -> list:
         """Put the export into the queue."""
@@ -56,11 +56,11 @@ class ExportTab:
             )  # fmt: skip
         return self.panel.point_to(job.id, request)
 
-    def bring(self, upload: str | None, request: gr.Request) -> tuple[str, None]:
+    def bring(self, upload: str | None, request: gr.Request) -> str:
         """Register the concepts of a file."""
         workspace, file = self.desk.workspace(request), Path(upload or "")
         with in_plain_words():
             names = bring(workspace, self.desk.engine, file)
         words = ["library", "add", file.name, "--library", str(workspace.library.path)]
         told = f'<p class="good">{html.escape(", ".join(names))} can be used now.</p>'
-        return told + same(words), None
+        return told + same(words)

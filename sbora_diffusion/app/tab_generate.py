@@ -12,7 +12,7 @@ import gradio as gr
 
 from sbora_diffusion.app.bases import FOLDER, POCKET, choose_base, found_bases
 from sbora_diffusion.app.chooser import Chooser, Selection
-from sbora_diffusion.app.desk import PRIVATE, Desk, in_plain_words
+from sbora_diffusion.app.desk import PRIVATE, Desk, empty_after, in_plain_words
 from sbora_diffusion.app.drawing import (
     AUTO,
     DEFAULT_GUIDANCE,
@@ -222,7 +222,7 @@ class GenerateTab:
         comparing = compare.click(self.compare, inputs, slider, **PRIVATE)
         halt.click(self.stop, cancels=[drawing, comparing], queue=False, api_name="stop")
         taken = drop.upload(self.restore, drop, [*inputs, rows], **PRIVATE)
-        taken.then(lambda: None, None, drop, **PRIVATE)  # ready for the next one
+        empty_after(taken, drop)
         page.load(self.first, None, [prompt, selection, rows], **PRIVATE)
         page.load(self.bases, None, [self.base, size], show_progress="hidden", **PRIVATE)
         self.base.input(self.change_base, self.base, [self.base, size, selection, rows], **PRIVATE)

@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+ARGUMENTS = (
+    "--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+)  # fmt: skip
+"""A camera that shows a test pattern, and that nobody has to allow."""
 NEEDED = "make test-ui needs a browser: apt-get install chromium, or set CHROMIUM to its path"
 
 

@@ -87,7 +87,7 @@ def browser():
     if path is None:
         pytest.fail(chromium.NEEDED)
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=path, args=chromium.ARGUMENTS)
         yield started
         started.close()
 
