@@ -38,7 +38,7 @@ class ExportTab:
                 export = gr.Button("Export", variant="primary", elem_id="export")
                 with gr.Accordion("Bring in a concept file", open=False):
                     upload = gr.File(
-                        label="A .safetensors file that `sbora train` wrote", height=110,
+                        label="A .safetensors file that `sbora train` wrote", height=150,
                         file_types=[".safetensors"], elem_id="import",
                     )  # fmt: skip
                     brought = gr.HTML("", elem_id="brought")

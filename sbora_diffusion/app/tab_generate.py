@@ -212,7 +212,7 @@ class GenerateTab:
                     )  # fmt: skip
                 with gr.Accordion("Take the settings of a picture", open=False):
                     drop = gr.File(
-                        label="A PNG that was drawn here", file_types=[".png"], height=110,
+                        label="A PNG that was drawn here", file_types=[".png"], height=150,
                         elem_id="restore",
                     )  # fmt: skip
         drawing = gr.on(
