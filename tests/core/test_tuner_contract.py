@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import (
+    PeftMixedModel,
     PeftModel,
     convert_to_lora,
     get_peft_model,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter
 
 from sbora_diffusion.core.tuner import SboraConfig, SboraLinear
 from tests.core.tuner_models import (
@@ -158,6 +160,27 @@ def test_peft_converts_to_an_ordinary_lora(variant):
     lora = get_peft_model(tiny_text(), config).eval()
     set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(encode(lora), encode(model), atol=1e-4, rtol=1e-4)
+
+
+def test_peft_hot_swapping_is_for_lora_alone_and_its_refusal_changes_nothing(tmp_path):
+    model = get_peft_model(tiny_text(), text_config()).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    expected = encode(model)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but SBORA was passed"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default")
+    assert torch.equal(encode(model), expected)
+
+
+def test_peft_mixed_models_are_for_methods_that_peft_lists(tmp_path):
+    said = "'SBORA' is not compatible with the `PeftMixedModel`"
+    with pytest.raises(ValueError, match=said):
+        PeftMixedModel(tiny_text(), text_config())
+    with pytest.raises(ValueError, match=said):
+        get_peft_model(tiny_text(), text_config(), mixed=True)
+    get_peft_model(tiny_text(), text_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"SBORA is not supported for mixed models"):
+        PeftMixedModel.from_pretrained(tiny_text(), tmp_path)
 
 
 def test_loading_without_the_import_is_a_key_error_that_names_sbora(tmp_path):

@@ -1,4 +1,6 @@
-"""What diffusers does with an SBoRA adapter, on a tiny UNet."""
+"""What diffusers does with an SBoRA adapter, on a tiny UNet, and torch with that UNet."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,10 +10,15 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from sbora_diffusion.core.tuner import SboraLinear
 from tests.core.tuner_models import (
+    ATTENTION,
     VARIANTS,
     all_bytes,
     denoise,
@@ -146,18 +153,71 @@ def test_diffusers_an_sbora_adapter_works_beside_a_lora():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_diffusers_gradient_checkpointing_gives_the_same_gradients(variant):
-    def gradients(checkpointing: bool) -> list[Tensor]:
+    def found(checkpointing: bool) -> list[Tensor]:
         unet = unet_with("cat", variant=variant, dropout=0.3).train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        generator = torch.Generator().manual_seed(3)
-        sample = torch.randn(1, 4, 8, 8, generator=generator)
-        text = torch.randn(1, 5, 48, generator=generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            unet(sample, torch.tensor([10]), text).sample.square().sum().backward()
-        return [p.grad for n, p in unet.named_parameters() if ".sbora_factor." in n]
+            return gradients(unet)
 
-    plain, replayed = gradients(False), gradients(True)
+    plain, replayed = found(False), found(True)
     assert all(g.abs().sum() > 0 for g in plain)
     assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
+
+
+def gradients(unet: nn.Module) -> list[Tensor]:
+    """Of the factors, after one pass; whole where the model is divided."""
+    generator = torch.Generator().manual_seed(3)
+    sample = torch.randn(1, 4, 8, 8, generator=generator)
+    text = torch.randn(1, 5, 48, generator=generator)
+    unet(sample, torch.tensor([10]), text).sample.square().sum().backward()
+    of_factors = [p.grad for n, p in unet.named_parameters() if ".sbora_factor." in n]
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in of_factors]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Iterator[None]:
+    """A group of this process alone; two divide a model in tests/core/llm/test_processes.py."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def trainable(variant: str) -> nn.Module:
+    unet = unet_with("cat", variant=variant)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(".sbora_factor." in name)
+    return unet
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_distributed_data_parallel_gives_the_same_gradients(one_process, variant):
+    expected = gradients(trainable(variant))
+    found = gradients(DistributedDataParallel(trainable(variant)))
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected) == 32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_fully_sharded_models_give_the_same_gradients(one_process, variant):
+    expected, unet = gradients(trainable(variant)), trainable(variant)
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
+        fully_shard(part, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in unet.parameters())
+    for found, own in zip(gradients(unet), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6 * own.abs().max())
+
+
+def test_diffusers_hot_swapping_is_for_lora_alone_and_takes_the_adapter_with_it():
+    """`load_sbora(…).swap` is the way; see tests/diffusion/test_loading.py."""
+    styled = tiny_unet()
+    styled.add_adapter(LoraConfig(r=4, target_modules=ATTENTION), "cat")
+    lora = get_peft_model_state_dict(styled, adapter_name="cat")
+    unet = unet_with("cat")
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: SBORA and LORA"):
+        unet.load_lora_adapter(lora, prefix=None, adapter_name="cat", hotswap=True)
+    assert unet.peft_config == {}

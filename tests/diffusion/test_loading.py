@@ -91,6 +91,15 @@ def test_a_loaded_concept_draws_what_the_folded_model_draws_and_leaves_no_trace(
     close(live, merged(clean, files, {"one": 1.0}))
 
 
+def test_diffusers_own_loader_refuses_concept_files_and_changes_nothing(pipe, files):
+    for hotswap in (False, True):
+        with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+            name = files["one"].name
+            pipe.load_lora_weights(files["one"].parent, weight_name=name, hotswap=hotswap)
+    assert not any(isinstance(module, SboraLinear) for module in pipe.unet.modules())
+    load_sbora(pipe, files["one"]).unload()
+
+
 def test_swapping_and_weighing_draw_what_a_fresh_pipeline_draws(pipe, clean, files):
     loaded = load_sbora(pipe, files["one"], weight=0.5)
     close(drawn(pipe), merged(clean, files, {"one": 0.5}))
