@@ -1,5 +1,7 @@
 """The command that puts concepts together: `sbora merge`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +22,7 @@ from sbora_diffusion.console import (
     quiet_libraries,
     read_settings,
 )
-from sbora_diffusion.core.errors import ConfigError
+from sbora_diffusion.core.errors import ConfigError, ResourceError
 from sbora_diffusion.library import Library
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ def _write_model(
     )
     if named is None:
         raise ConfigError("the concept files do not name their base", "give it with --base")
-    model = open_base(named, device)
+    model = open_base(named, device, deterministic=calibration is not None)
     if calibration is not None:
         calibration = _refining(calibration, refine, model)
     merged = _merged(console, selection, model, calibration)
@@ -182,7 +184,7 @@ def _merged(
     if calibration is None:
         return Merged(base, concepts, selection.allow_overlap)
     start = perf_counter()
-    with console.progress("calibrating") as bar:
+    with console.progress("calibrating") as bar, _told_when_memory_is_full(calibration):
         merged = Calibrated(base, concepts, calibration, selection.allow_overlap, bar)
     refined = f", and refined in {calibration.refine} steps" if calibration.refine else ""
     console.say(
@@ -190,6 +192,29 @@ def _merged(
         f"prompts of each concept and {calibration.generic} without any"
     )
     return merged
+
+
+@contextmanager
+def _told_when_memory_is_full(calibration: "CalibrateConfig") -> Iterator[None]:
+    """Say what takes less of it."""
+    from sbora_diffusion.checkpointing import is_out_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError("memory is full", _less_memory(calibration)) from error
+
+
+def _less_memory(calibration: "CalibrateConfig") -> str:
+    ways = {
+        "-s refine_gradient_checkpointing=true": not calibration.refine_gradient_checkpointing,
+        "-s refine_mixed_precision=bf16": calibration.refine_mixed_precision == "no",
+        "--no-refine": True,
+    }
+    found = [way for way, helps in ways.items() if helps and calibration.refine]
+    return f"try {', '.join([*found, 'another --device'])}"
 
 
 def _write_set(

@@ -5,11 +5,11 @@
 
 Stable Diffusion 1.5 at 512 pixels with batches of four, and XL at 1024 pixels with batches of one,
 with random weights: twenty steps in bf16 with gradient checkpointing and latents that are kept, on
-a GPU whose memory is limited to what the goal leaves beside the driver's share. Then, in fp32, the
-concept is written, read, attached, folded, taken out, exported as a LoRA that stock diffusers
-loads, and for 1.5 saved as a model and read again; what the UNet draws with must agree. That is
-about arithmetic: a GPU computes it without TF32, whose products have ten bits. Writes
-results/families.json.
+a GPU whose memory is limited to what the goal leaves beside the driver's share; and a refined merge
+in fp32 with bf16 products and gradient checkpointing. Then, in fp32, the concept is written, read,
+attached, folded, taken out, exported as a LoRA that stock diffusers loads, and for 1.5 saved as a
+model and read again; what the UNet draws with must agree. That is about arithmetic: a GPU computes
+it without TF32, whose products have ten bits. Writes results/families.json.
 """
 
 import argparse
@@ -28,10 +28,12 @@ from sbora_diffusion.bench.pipelines import random_base
 from sbora_diffusion.console import quiet_libraries
 from sbora_diffusion.core.concept import Concept, read_concept, write_concept
 from sbora_diffusion.diffusion.bases import Base, load_base
+from sbora_diffusion.diffusion.calibrated import Calibrated
 from sbora_diffusion.diffusion.concepts import read_subject
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.formats import LORA_FILE, write_lora
 from sbora_diffusion.diffusion.merging import Merged
+from sbora_diffusion.diffusion.moments import CalibrateConfig
 from sbora_diffusion.diffusion.pipeline import ConceptPipeline, draw_latents
 from sbora_diffusion.diffusion.targets import target_layers
 from sbora_diffusion.diffusion.tokens import PlaceholderTokens
@@ -44,6 +46,8 @@ GIB, DRIVER = 1 << 30, 0.5
 """The driver's and the libraries' share of a GPU's memory, in GiB, which PyTorch does not count."""
 CASES = {"sd1": (4, 6.0), "sdxl": (1, 16.0)}
 """Family → batch size, GiB."""
+MERGE = 24.0
+"""GiB for a refined merge of either."""
 PROMPT = "a photo of <plushbear> on the beach"
 CLOSE = 1000.0
 """In millionths of the largest latent."""
@@ -55,11 +59,17 @@ def study(family: str, args: argparse.Namespace) -> dict[str, Any]:
     base = random_base(family, args.device, torch.bfloat16, args.tiny)
     concept, training = trained(base, batch, limit, args)
     base.pipeline.to(torch.float32)
+    refinement = refined(base, concept, args)
     # PyTorch's products have no TF32 unless asked for, its convolutions have.
     plain = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with tempfile.TemporaryDirectory() as folder, plain:
         held = agreement(base, concept, Path(folder))
-    return {"layers": len(concept.layers), "training": training, "agreement": held}
+    return {
+        "layers": len(concept.layers),
+        "training": training,
+        "refinement": refinement,
+        "agreement": held,
+    }
 
 
 def trained(
@@ -91,6 +101,22 @@ def trained(
         "loss": [round(records[0].loss, 4), round(records[-1].loss, 4)],
         **peaks,
     }
+
+
+def refined(base: Base, concept: Concept, args: argparse.Namespace) -> dict[str, Any]:
+    """What a refined merge takes, in fp32 with bf16 products and gradient checkpointing; batches
+    are those of `sbora merge`."""
+    config = CalibrateConfig(
+        generic=8, steps=1, refine=3, refine_timesteps=1, refine_gradient_checkpointing=True,
+        refine_mixed_precision="bf16",
+    )  # fmt: skip
+    times, peaks = [time.monotonic()], {}
+    with memory(args.device, MERGE - DRIVER, peaks):
+        Calibrated(
+            base, [(concept, 1.0)], config, on_step=lambda *_: times.append(time.monotonic())
+        ).restore()
+    step = round(times[-1] - times[-2], 2)
+    return {"pixels": base.resolution, "rows": config.refine_rows, "step_seconds": step, **peaks}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from sbora_diffusion import cli_merge
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.concept_set import read_concept_set
-from sbora_diffusion.diffusion import bases, refinement
+from sbora_diffusion.diffusion import bases, calibrated, refinement
 from sbora_diffusion.diffusion.merging import Merged
 from sbora_diffusion.diffusion.moments import CalibrateConfig
 from tests.diffusion.helpers import strong_concept
@@ -179,6 +179,20 @@ def test_refinement_that_cannot_be_meant_is_refused(sbora, files, tmp_path, monk
     assert refused(sbora(*both, "--no-refine", "-s", "refine=5"), "--no-refine", "exclude")
     assert refused(sbora(*both, "-s", "refine=-1"), "refine", "greater than or equal to 0")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_full_memory_says_what_takes_less_of_it(sbora, files, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibrated, "Calibrated", full)
+    both = (files / "one.safetensors", files / "two.safetensors")
+    command = ("merge", *both, "-o", "full", *QUICK)
+    saving = ("-s", "refine_gradient_checkpointing=true")
+    assert refused(sbora(*command), "memory is full; try another --device")
+    words = ("try -s refine_mixed_precision=bf16, --no-refine, another --device",)
+    assert refused(sbora(*command, "--refine", *saving), *words)
+    assert not (tmp_path / "full").exists()
 
 
 def test_settings_of_the_calibration_are_checked_before_any_work(

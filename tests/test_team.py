@@ -14,7 +14,7 @@ from sbora_diffusion.checkpointing import NONE
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.processes import _refuse_apart
+from sbora_diffusion.diffusion.processes import refuse_apart
 from tests.team_training import trained
 
 
@@ -57,7 +57,7 @@ def test_together_a_training_goes_on_bit_for_bit(together):
 def refusal(kind=DistributedType.MULTI_GPU, **settings) -> str:
     accelerator = SimpleNamespace(distributed_type=kind, num_processes=2)
     with pytest.raises(ConfigError) as caught:
-        _refuse_apart(accelerator, TrainConfig(**settings))
+        refuse_apart(accelerator, TrainConfig(**settings))
     return str(caught.value)
 
 

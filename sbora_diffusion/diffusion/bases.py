@@ -28,7 +28,7 @@ from sbora_diffusion.diffusion.families import (
 )
 from sbora_diffusion.diffusion.graphs import device_obstacle
 from sbora_diffusion.diffusion.offloading import Offloading
-from sbora_diffusion.diffusion.runtime import USUAL, Runtime, compile_in_place
+from sbora_diffusion.diffusion.runtime import USUAL, Runtime, compile_in_place, fix_workspaces
 from sbora_diffusion.diffusion.targets import adaptable, target_layers
 from sbora_diffusion.diffusion.tokens import text_encoders
 
@@ -175,6 +175,8 @@ def load_base(
 
 
 def _place(base: Base, device: str) -> None:
+    if base.runtime.deterministic and torch.device(device).type == "cuda":
+        fix_workspaces()
     if base.runtime.offloaded:
         place = torch.empty(0, device=device).device  # with its number: hooks compare places
         base.offloading = Offloading(base.pipeline, place)

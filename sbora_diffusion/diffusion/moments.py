@@ -5,7 +5,7 @@ They are all that calibrated merging knows of the activations, see `core/calibra
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -68,6 +68,12 @@ class CalibrateConfig(BaseModel):
     )
     refine_rows: int = Field(default=32, ge=1, description="predictions in each of these steps")
     refine_rate: float = Field(default=1e-3, gt=0, description="learning rate of the descent")
+    refine_gradient_checkpointing: bool = Field(
+        default=False, description="less memory for more time in the descent"
+    )
+    refine_mixed_precision: Literal["no", "bf16"] = Field(
+        default="no", description="what the descent computes in"
+    )
     refine_timesteps: int = Field(
         default=10, ge=1, le=1000, description="timesteps at which predictions are learned"
     )

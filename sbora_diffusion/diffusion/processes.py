@@ -40,27 +40,26 @@ def shared(losses: Tensor, parameters: Sequence[nn.Parameter], accelerator: Acce
     return means[0]
 
 
-def accelerator_for(base: Base, config: TrainConfig) -> Accelerator:
+def accelerator_for(base: Base, precision: str, accumulated: int = 1) -> Accelerator:
     """Accelerate keeps one precision for the whole process: a training must not be bound to that
     of the one before.
 
-    Raises:
-        ConfigError: the processes cannot train this together.
+    Args:
+        precision: "no", "fp16" or "bf16", of autocast.
+        accumulated: passes whose gradients one step takes together.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulated,
         device_placement=False,  # the base may lie on another GPU than the first
         cpu=base.device.type == "cpu",
     )
-    if accelerator.num_processes > 1:
-        _refuse_apart(accelerator, config)
-    return accelerator
 
 
-def _refuse_apart(accelerator: Accelerator, config: TrainConfig) -> None:
+def refuse_apart(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Raise ConfigError if several processes cannot train this together."""
     if accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ConfigError(
             f"{accelerator.distributed_type.value} divides the weights in which concepts live",

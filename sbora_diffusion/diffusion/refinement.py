@@ -10,6 +10,7 @@ that hold one concept each into the one that holds them all.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -25,15 +26,16 @@ from sbora_diffusion.core.shares import concept_updates
 from sbora_diffusion.core.updates import Update
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.families import Told
-from sbora_diffusion.diffusion.graphs import Recorded, adding_at_once, device_obstacle
+from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once, device_obstacle
+from sbora_diffusion.diffusion.learning import LearningModels
 from sbora_diffusion.diffusion.moments import CalibrateConfig
 from sbora_diffusion.diffusion.pipeline import hears_nothing
 from sbora_diffusion.diffusion.predictions import Predictions
+from sbora_diffusion.diffusion.processes import accelerator_for
 from sbora_diffusion.diffusion.prompts import spelled
 from sbora_diffusion.diffusion.runtime import deterministic
-from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.targets import adaptable, target_layers
 from sbora_diffusion.diffusion.texts import Texts
-from sbora_diffusion.diffusion.tokens import text_encoders
 
 STEPS = 300
 """Of the descent as `sbora merge` takes them; fewer, or fewer predictions in each, leave a model
@@ -68,8 +70,16 @@ def refined_concepts(
     updates = {concept.meta.digest: concept_updates(concept, 1.0) for concept in concepts}
     banks = _banks(layers, list(updates.values()))
     factors = [bank.factor for of_layer in banks.values() for bank in of_layer]
-    with mixed_rows(layers, banks), torch.enable_grad(), deterministic(base.device):
-        _descend(base, factors, heard, config, report)
+    accelerator = accelerator_for(base, config.refine_mixed_precision)
+    checkpointing = config.refine_gradient_checkpointing
+    learning = LearningModels(dict(adaptable(base.pipeline)), accelerator, checkpointing)
+    with (
+        closing(learning),
+        mixed_rows(layers, banks),
+        torch.enable_grad(),
+        deterministic(base.device),
+    ):
+        _descend(base, learning, factors, heard, config, report)
     found = _split(banks, list(updates.values()))
     return [Concept(c.meta, found[c.meta.digest], c.embeddings) for c in concepts]
 
@@ -114,6 +124,7 @@ def _split(
 
 def _descend(
     base: Base,
+    learning: LearningModels,
     factors: Sequence[Tensor],
     heard: Predictions,
     config: CalibrateConfig,
@@ -121,7 +132,7 @@ def _descend(
 ) -> None:
     parameters = [factor for factor in factors if isinstance(factor, nn.Parameter)]
     texts = _texts(base, heard.texts)
-    learn = _learning(base, texts, parameters, config.refine_rows)
+    learn = _learner(base, learning, texts, parameters, config.refine_rows)
     optimizer = torch.optim.Adam(parameters, lr=config.refine_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, config.refine))
     ids = torch.stack([texts.ids(spelled(text)) for text in heard.texts])
@@ -145,17 +156,25 @@ def _descend(
         report(step)
 
 
-def _learning(base: Base, texts: Texts, parameters: Sequence[nn.Parameter], rows: int) -> Recorded:
+def _learner(
+    base: Base,
+    learning: LearningModels,
+    texts: Texts,
+    parameters: Sequence[nn.Parameter],
+    rows: int,
+) -> Recorded:
     """Rows of predictions to their share of the mean squared error, whose gradient is added."""
-    encoders, silent = text_encoders(base.pipeline), hears_nothing(base)
+    models, silent = learning.prepared(), hears_nothing(base)
+    denoiser = models[base.kind.denoiser]
+    learning.train_mode(learning.checkpointing)
 
     def learn(
         ids: Tensor, told: Tensor, noised: Tensor, timesteps: Tensor, predicted: Tensor
     ) -> Tensor:
-        heard = texts.told(encoders, ids, noised.dtype)
+        heard = texts.told(models, ids, noised.dtype)
         if silent:
             heard = silenced(heard, told)
-        found = base.predicted(base.denoiser, noised, timesteps, heard)
+        found = base.predicted(denoiser, noised, timesteps, heard)
         error = F.mse_loss(found.float(), predicted.float()) * (len(ids) / rows)
         error.backward()
         return error.detach()
@@ -164,7 +183,8 @@ def _learning(base: Base, texts: Texts, parameters: Sequence[nn.Parameter], rows
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    obstacle = device_obstacle(base.device, base.runtime.graphs)
+    replayed = Obstacle.CHECKPOINTING if learning.checkpointing else None
+    obstacle = device_obstacle(base.device, base.runtime.graphs) or replayed
     adding = partial(adding_at_once, learn, parameters)
     return Recorded(adding, base.device, obstacle, gradients)
 

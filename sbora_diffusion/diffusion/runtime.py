@@ -20,7 +20,8 @@ class Runtime:
     Attributes:
         graphs: record the work of a GPU once and replay it, where that can be (see `graphs`).
         compiled: UNet and text encoder go through `torch.compile`.
-        deterministic: trainings add in a fixed order on a GPU (see `deterministic`).
+        deterministic: a GPU is to add in a fixed order where that is asked for (see
+            `deterministic`): in trainings, and in what refines a merge.
         offloaded: models wait in the CPU's memory until they work; those that are trained stay.
             For one training at a time, and for drawing with attached concepts.
     """
@@ -57,13 +58,20 @@ def compile_in_place(model: nn.Module) -> None:
     model.compile()
 
 
+def fix_workspaces() -> None:
+    """Fix the size of cuBLAS's workspaces in the environment, unless that says one already.
+
+    cuBLAS gets its workspace with a process' first product and keeps it: call this before that one.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Within, a GPU adds in a fixed order, so that the same work gives the same bits; a CPU does
     anyway.
 
-    PyTorch refuses cuBLAS there unless its workspaces are of a fixed size, which the environment
-    says: where it says nothing, it is told.
+    PyTorch refuses cuBLAS there unless its workspaces are of a fixed size: `fix_workspaces`.
 
     Raises:
         ConfigError: the work has a kernel that knows no fixed order.
@@ -71,7 +79,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fix_workspaces()
     options: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

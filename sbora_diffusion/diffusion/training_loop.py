@@ -15,11 +15,16 @@ from sbora_diffusion.core.checkpoints import Content
 from sbora_diffusion.core.errors import ConfigError, NonFiniteError
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.graphs import Obstacle, Recorded, adding_at_once, device_obstacle
+from sbora_diffusion.diffusion.learning import LearningModels
 from sbora_diffusion.diffusion.lesson import Batches, Lesson
 from sbora_diffusion.diffusion.noise import Draw, Objective
 from sbora_diffusion.diffusion.optimizers import optimizer_named
-from sbora_diffusion.diffusion.processes import accelerator_for, own_rows, shared
-from sbora_diffusion.diffusion.runtime import checkpoint_gradients
+from sbora_diffusion.diffusion.processes import (
+    accelerator_for,
+    own_rows,
+    refuse_apart,
+    shared,
+)
 from sbora_diffusion.diffusion.state import Batch, Feed, TrainingState
 from sbora_diffusion.diffusion.texts import Texts
 from sbora_diffusion.diffusion.tokens import (
@@ -70,8 +75,11 @@ class TrainingLoop(ABC):
 
     def __init__(self, base: Base, lessons: Sequence[Lesson]):
         self.base, self.lessons, self.config = base, lessons, lessons[0].config
-        self.accelerator = accelerator_for(base, self.config)
+        precision, accumulated = self.config.mixed_precision, self.config.gradient_accumulation
+        self.accelerator = accelerator_for(base, precision, accumulated)
         self._together = self.accelerator.num_processes > 1
+        if self._together:
+            refuse_apart(self.accelerator, self.config)
         self.obstacle = self._obstacle()
         self.resumed: Content | None = None
         self.state: TrainingState | None = None
@@ -122,9 +130,8 @@ class TrainingLoop(ABC):
         self.trainables = {
             name: self._trainable(name) for name in self.models if name != self.base.kind.denoiser
         }
-        if self.config.gradient_checkpointing:
-            for model in self.models.values():
-                checkpoint_gradients(model, True)
+        checkpointing = self.config.gradient_checkpointing
+        self._learning = LearningModels(self.models, self.accelerator, checkpointing)
 
     def _trained_models(self) -> list[str]:
         """The denoiser, and the text encoders through which something is learned."""
@@ -147,10 +154,8 @@ class TrainingLoop(ABC):
         return self.trainables[FIRST]
 
     def _train_mode(self, on: bool) -> None:
-        """Dropout and the text encoder's checkpointing work in train mode alone; pictures drawn
-        between the steps must not see it."""
-        for model in self.models.values():
-            model.train(on)
+        """Pictures drawn between the steps must not see it."""
+        self._learning.train_mode(on)
 
     def steps(self) -> Iterator[StepRecord]:
         """Train; one record after each optimizer step, of those that `resumed` has not done.
@@ -239,8 +244,7 @@ class TrainingLoop(ABC):
 
     def _prepared(self) -> dict[str, nn.Module]:
         """The models as accelerate runs them, by name; texts that stay are read once."""
-        prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        models = {name: prepare(model) for name, model in self.models.items()}
+        models = self._learning.prepared()
         with self.accelerator.autocast():
             self.texts.keep(text for lesson in self.lessons for text in lesson.captions)
         return models
@@ -322,13 +326,8 @@ class TrainingLoop(ABC):
 
     def close(self) -> None:
         """Give the base back without factors and placeholders."""
-        for model in self.models.values():
-            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast's forward
-        self.accelerator.free_memory()
         self._train_mode(False)
-        if self.config.gradient_checkpointing:
-            for model in self.models.values():
-                checkpoint_gradients(model, False)
+        self._learning.close()
         self._take_out()
         self.tokens.set({})
         self.base.keep_on_device(())

@@ -1,5 +1,7 @@
 """Calibrated and refined merging on bases with several text encoders."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from sbora_diffusion.diffusion.moments import PADDING, CalibrateConfig, generic_
 from sbora_diffusion.diffusion.pipeline import draw_latents, hears_nothing
 from sbora_diffusion.diffusion.predictions import generic_predictions, own_predictions
 from sbora_diffusion.diffusion.refinement import _texts, silenced
-from sbora_diffusion.diffusion.targets import target_layers
+from sbora_diffusion.diffusion.targets import adaptable, target_layers
 from sbora_diffusion.diffusion.tokens import text_encoders
 from tests.diffusion.lora_examples import concept_for, weights_of
 from tests.diffusion.test_families import assert_untouched, parts
@@ -140,6 +142,43 @@ def test_refinement_goes_on_from_the_fit(base, pairs):
     for name, weight in refined.items():
         touched, owned = (w != bare[name] for w in (weight, fit[name]))
         assert weight.isfinite().all() and not (touched & ~owned.any(0)).any()
+
+
+def heard_by(base: Base, pairs, **settings) -> tuple[dict[str, torch.Tensor], Counter]:
+    """The refined weights; how often layers computed in each dtype while there were gradients."""
+    seen: Counter = Counter()
+
+    def note(_layer, _inputs, output: torch.Tensor) -> None:
+        seen[output.dtype] += torch.is_grad_enabled()
+
+    layers = target_layers(base.pipeline).values()
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        return after(base, pairs, QUICK.model_copy(update={"refine": 2, **settings})), +seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_checkpointing_computes_again_and_refines_to_the_same(base, pairs):
+    plain, once = heard_by(base, pairs)
+    again, twice = heard_by(base, pairs, refine_gradient_checkpointing=True)
+    assert once.keys() == twice.keys() == {torch.float32} and twice.total() > 1.5 * once.total()
+    for name, weight in plain.items():
+        torch.testing.assert_close(again[name], weight, rtol=0, atol=1e-6)
+    assert not any(
+        getattr(m, "is_gradient_checkpointing", False) for _, m in adaptable(base.pipeline)
+    )
+
+
+def test_refinement_in_half_precision_ends_with_it(base, pairs):
+    found, seen = heard_by(base, pairs, refine_mixed_precision="bf16")
+    assert seen.keys() == {torch.bfloat16}
+    assert all(
+        weight.dtype == torch.float32 and weight.isfinite().all() for weight in found.values()
+    )
+    _, seen = heard_by(base, pairs)
+    assert seen.keys() == {torch.float32}
 
 
 def after(base: Base, pairs, config: CalibrateConfig) -> dict[str, torch.Tensor]:

@@ -183,17 +183,29 @@ def test_latents_that_are_decoded_are_the_pictures_that_were_encoded(base):
     assert decode(base, latents)[0].tobytes() == expected[0].tobytes()
 
 
-def test_checkpointing_and_half_precision_train(base):
+def test_checkpointing_and_half_precision_train_and_end_with_the_training(base):
+    """Also after a training in whole precision: accelerate prepares a model once unless told."""
+    layers, seen = target_layers(base.pipeline), set()
     config = TINY.model_copy(
         update={"gradient_checkpointing": True, "mixed_precision": "bf16", "steps": 1}
     )
-    before = parts(base)
-    training = ConceptTraining(base, read_subject(CONCEPTS / "plushbear"), config, 0)
-    try:
-        (record,) = training.steps()
-    finally:
-        training.close()
-    assert record.loss > 0
+    before, plain = parts(base), drawn(base, "a photo of a bear")
+    whole = TINY.model_copy(update={"steps": 1})
+    for recipe, dtype in ((whole, torch.float32), (config, torch.bfloat16)):
+        training = ConceptTraining(base, read_subject(CONCEPTS / "plushbear"), recipe, 0)
+        hooks = [
+            layer.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+            for layer in layers.values()
+        ]
+        try:
+            (record,) = training.steps()
+        finally:
+            training.close()
+            for hook in hooks:
+                hook.remove()
+        assert record.loss > 0 and seen == {dtype}
+        seen.clear()
+    assert torch.equal(drawn(base, "a photo of a bear"), plain)
     assert_untouched(base, before)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion import bases
-from sbora_diffusion.diffusion.runtime import deterministic
+from sbora_diffusion.diffusion.runtime import Runtime, deterministic
 from tests.conftest import CONCEPTS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -38,6 +38,20 @@ def test_a_kernel_without_an_order_is_named_and_other_faults_stay_what_they_are(
     with pytest.raises(RuntimeError, match="size of tensor"), deterministic(GPU):
         torch.zeros(2) + torch.zeros(3)
     assert orders() == before
+
+
+def test_cublas_is_told_before_the_base_comes_to_the_gpu(monkeypatch):
+    said = []
+
+    def moved(_pipeline: object, device: str) -> None:
+        said.append((device, os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(bases.DiffusionPipeline, "to", moved)
+    for device, fixed in (("cuda", False), ("cpu", True), ("cuda:1", True)):
+        bases.load_base("pocket", device, runtime=Runtime(deterministic=fixed))
+    assert said == [("cuda", None), ("cpu", None), ("cuda:1", ":4096:8")]
 
 
 def test_train_has_a_switch_for_it(monkeypatch, sbora):
