@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,14 +97,14 @@ class RegionCrossAttention:
 
 
 @contextmanager
-def region_attention(pipeline: StableDiffusionPipeline, gate: RegionGate) -> Iterator[None]:
+def region_attention(pipeline: DiffusionPipeline, gate: RegionGate) -> Iterator[None]:
     """Confine the attached concepts to their regions; afterwards all is as it was before."""
     with gated(pipeline, gate), wrapped(pipeline, lambda p: RegionCrossAttention(p, gate)):
         yield
 
 
 @contextmanager
-def wrapped(pipeline: StableDiffusionPipeline, wrap: Any) -> Iterator[None]:
+def wrapped(pipeline: DiffusionPipeline, wrap: Any) -> Iterator[None]:
     """Put `wrap(processor)` in the place of each of the UNet's attention processors."""
     unet = pipeline.unet
     before = unet.attn_processors

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.adapters import gated
 from sbora_diffusion.diffusion.bases import Base
-from sbora_diffusion.diffusion.pipeline import sample
+from sbora_diffusion.diffusion.pipeline import sample, told_texts
 from sbora_diffusion.diffusion.prompts import Replaced
 from sbora_diffusion.diffusion.region_attention import level_size, wrapped
 
@@ -64,10 +64,9 @@ def attention_masks(
         if done == early:
             base.pipeline._interrupt = True
 
-    texts = {
-        "prompt": [prompt.text for prompt in prompts],
-        "negative_prompt": [negative_prompt] * len(prompts),
-    }
+    texts = told_texts(base, "prompt", [prompt.text for prompt in prompts])
+    if negative_prompt:
+        texts |= told_texts(base, "negative_prompt", [negative_prompt] * len(prompts))
     with (
         gated(base.pipeline, lambda _adapter, _x: False),
         wrapped(base.pipeline, lambda processor: _Recorder(processor, maps)),

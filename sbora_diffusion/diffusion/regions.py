@@ -10,13 +10,18 @@ from torch import Tensor
 from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.core.errors import ConfigError
 from sbora_diffusion.diffusion.bases import Base
-from sbora_diffusion.diffusion.pipeline import ConceptPipeline, sample
+from sbora_diffusion.diffusion.pipeline import ConceptPipeline, hears_nothing, sample
 from sbora_diffusion.diffusion.prompts import spelled, tokens_in, with_nouns
 from sbora_diffusion.diffusion.region_attention import BACKGROUND, RegionGate, region_attention
 from sbora_diffusion.diffusion.region_maps import attention_masks
 
 SOFT_EDGE = 1 / 16
 """Width of a region's edge, as a share of the picture: one token of a 16×16 level."""
+ENCODED_TEXTS = (
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)  # fmt: skip
+"""What diffusers' `encode_prompt` gives, as arguments of its pipelines."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,9 @@ class Regions:
     by the guidance scale. It is also what drawing without regions does, hence one concept in the
     whole picture gives the same latents.
 
+    Where a text also has one pooled vector for the whole picture, as in Stable Diffusion XL, that
+    is the prompt's with all concepts, as in drawing without regions.
+
     Args:
         pipeline: with the concepts attached.
         boxes: concept's name → its box, for every attached concept; without, the regions are
@@ -106,12 +114,17 @@ class Regions:
             `region_maps.attention_masks`.
 
     Raises:
-        ConfigError: a name is not attached, or an attached concept has no region.
+        ConfigError: a name is not attached, an attached concept has no region, or the base has no
+            cross-attention.
     """
 
     def __init__(self, pipeline: ConceptPipeline, boxes: Mapping[str, Box] | None = None):
-        remedy = "draw without regions, which tell concepts apart by their tokens alone"
-        pipeline.base.refuse_several_encoders("regions", remedy)
+        if pipeline.base.kind.denoiser != "unet":
+            raise ConfigError(
+                f"regions cannot work with a base of family {pipeline.base.family}, which attends "
+                "to texts and picture together",
+                "draw without regions, which tell concepts apart by their tokens alone",
+            )
         self.pipeline, self.boxes = pipeline, boxes
         if boxes is not None:
             _check_names(pipeline, boxes)
@@ -139,8 +152,9 @@ class Regions:
         _check_prompts(prompts, concepts)
         masks = self._masks(concepts, prompts, seeds, steps, guidance, negatives[0], size)
         gate = RegionGate(self.pipeline.order, masks)
+        pooled = self._pooled(prompts, negatives, guidance > 1)
         with region_attention(base.pipeline, gate):
-            texts = self._encoded(gate, prompts, negatives, guidance > 1)
+            texts = self._encoded(gate, prompts, negatives, guidance > 1) | pooled
             return sample(base, texts, seeds, steps, guidance, on_step, size)
 
     def _masks(
@@ -187,16 +201,46 @@ class Regions:
         self, gate: RegionGate, prompts: Sequence[str], negatives: Sequence[str], guided: bool
     ) -> dict[str, Tensor]:
         """The texts of all streams side by side, as `RegionCrossAttention` wants them."""
-        pipeline, device, streams = self.pipeline.base.pipeline, self.pipeline.base.device, []
+        streams = []
         for stream in gate.streams:
             own = [self._own_text(stream, prompt) for prompt in prompts]
             other = [with_nouns(text, self._others(stream)).text for text in negatives]
             with gate.only(stream):
-                streams.append(pipeline.encode_prompt(own, device, 1, guided, other))
-        encoded = {"prompt_embeds": torch.cat([prompt for prompt, _ in streams], 1)}
-        if guided:
-            encoded["negative_prompt_embeds"] = torch.cat([other for _, other in streams], 1)
-        return encoded
+                streams.append(encoded_texts(self.pipeline.base, own, other, guided))
+        names = [name for name in streams[0] if "pooled" not in name]
+        return {name: torch.cat([texts[name] for texts in streams], 1) for name in names}
+
+    @torch.no_grad()
+    def _pooled(
+        self, prompts: Sequence[str], negatives: Sequence[str], guided: bool
+    ) -> dict[str, Tensor]:
+        """What the denoiser is told of the texts as a whole, if it is told anything."""
+        base = self.pipeline.base
+        if len(base.kind.encoders) == 1:
+            return {}
+        texts = encoded_texts(base, prompts, negatives, guided)
+        return {name: vectors for name, vectors in texts.items() if "pooled" in name}
+
+
+def encoded_texts(
+    base: Base, prompts: Sequence[str], negatives: Sequence[str], guided: bool
+) -> dict[str, Tensor]:
+    """What a UNet is told of texts, as its pipeline takes it in their place; with guidance of the
+    negative ones too, which all are "" if there are none.
+
+    Args:
+        prompts, negatives: as many, placeholders spelled as the vocabulary has them.
+    """
+    silent = hears_nothing(base) and not any(negatives)
+    encoded = base.pipeline.encode_prompt(
+        list(prompts),
+        device=base.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guided,
+        negative_prompt=None if silent else list(negatives),
+    )
+    named = zip(ENCODED_TEXTS, encoded, strict=False)  # nothing is pooled by one encoder alone
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def region_sampler(

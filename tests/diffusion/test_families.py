@@ -222,9 +222,11 @@ def test_stable_diffusion_3_works_without_t5(flow):
     assert drawn(flow, "a photo").isfinite().all()
 
 
-def test_what_knows_one_text_encoder_alone_says_so(flow):
-    with pytest.raises(ConfigError, match="regions cannot work yet with a base of family sd3"):
+def test_regions_need_cross_attention_and_say_so_in_a_line(flow):
+    said = "regions cannot work with a base of family sd3, which .*; draw without regions"
+    with pytest.raises(ConfigError, match=said) as caught:
         Regions(ConceptPipeline(flow))
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_by_signal_to_noise_are_refused_for_a_flow(flow):

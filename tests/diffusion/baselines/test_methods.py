@@ -13,6 +13,7 @@ from sbora_diffusion.diffusion.lesson import Stream
 from sbora_diffusion.diffusion.targets import target_layers
 from tests.diffusion.baselines.quick import RANK, quick, random_concept
 from tests.diffusion.helpers import snapshot
+from tests.diffusion.thin_families import thin_family
 
 TRAINED = [name for name in METHODS if name != "class-word"]
 ADDED = {"sum": 1.0, "sum-0.6": 0.6, "mean": 0.5}
@@ -212,3 +213,17 @@ def test_wrong_merges_are_refused_in_one_line_and_change_nothing(thin):
 def test_slots_and_subjects_must_be_as_many(thin, subjects):
     with pytest.raises(ConfigError, match="1 slots for 2 subjects"):
         METHODS["lora"].train(thin, subjects, slots=[0])
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if not n.startswith("sbora")])
+def test_a_base_with_several_text_encoders_is_refused_in_one_line(several, subjects, name):
+    said = "a method compared with cannot work yet with a base of family sdxl; give a base with one"
+    method = METHODS[name]
+    with pytest.raises(ConfigError, match=said) as caught:
+        method.train(several, subjects[:1], quick(method))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def several(pocket):
+    return thin_family("sdxl", pocket)
