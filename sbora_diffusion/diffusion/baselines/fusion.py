@@ -50,7 +50,9 @@ class FusionConfig(BaseModel):
 
 STOPPED_EARLY = FusionConfig(pictures=8, text_iterations=10, spatial_iterations=10)
 """Not the authors': see above."""
-
+SMALL = 1 << 19
+"""Up to so many numbers a weight is fitted on the CPU: of thousands of small operations, each with
+an answer that the next one needs, a GPU costs more to ask than the work."""
 
 Moments = dict[str, "SecondMoment"]
 """Layer → the moment of its inputs."""
@@ -133,7 +135,8 @@ class _Fusion:
         concepts = [self.concepts[k] for k in here]
         updates = [weight * update_of(concept.layers[name], own) for concept, weight in concepts]
         moments = [measured[k][name] for k in here]
-        return (own + fused_update(updates, moments, iterations, self.config)).float()
+        update = fused_update(updates, moments, iterations, self.config)
+        return (own + update.to(own.device)).float()
 
     def _read(self, concept: Adapted, found: Moments) -> None:
         """The text encoder's layers, on all words."""
@@ -191,10 +194,14 @@ def fused_update(
         moments: of X_i.
 
     Returns:
-        fp64.
+        fp64, small ones on the CPU.
     """
     size = sum(moment.count for moment in moments) * len(updates[0])
-    pairs = [(u.double(), m.products / size) for u, m in zip(updates, moments, strict=True)]
+    place = torch.device("cpu") if updates[0].numel() <= SMALL else updates[0].device
+    pairs = [
+        (u.to(place).double(), m.products.to(place) / size)
+        for u, m in zip(updates, moments, strict=True)
+    ]
     products = torch.stack([p for _, p in pairs]).sum(0)
     wanted = torch.stack([u @ p for u, p in pairs]).sum(0)
     constant = sum(((u @ p) * u).sum() for u, p in pairs)
