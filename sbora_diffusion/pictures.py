@@ -99,12 +99,14 @@ def readable_parameters(parameters: dict[str, Any], size: tuple[int, int]) -> st
 
 def words_cut_off(base: "Base", prompt: str) -> str:
     """The end of a prompt that does not fit into the text encoder, "" if all of it does."""
-    pipeline, words = base.pipeline, prompt.split()
-    limit = pipeline.tokenizer.model_max_length - 2  # begin and end of text
+    from sbora_diffusion.diffusion.tokens import expanded
+
+    tokenizer, words = base.pipeline.tokenizer, prompt.split()
+    limit = tokenizer.model_max_length - 2  # begin and end of text
 
     def too_long(count: int) -> bool:
-        text = pipeline.maybe_convert_prompt(" ".join(words[:count]), pipeline.tokenizer)
-        return len(pipeline.tokenizer(text, add_special_tokens=False).input_ids) > limit
+        text = expanded(" ".join(words[:count]), tokenizer)
+        return len(tokenizer(text, add_special_tokens=False).input_ids) > limit
 
     fitting = bisect_left(range(len(words) + 1), True, key=too_long) - 1
     return " ".join(words[fitting:])

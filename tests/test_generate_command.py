@@ -15,6 +15,8 @@ from sbora_diffusion.core.schema import Concept, TokenMeta
 from sbora_diffusion.diffusion import bases
 from sbora_diffusion.diffusion.bases import POCKET
 from sbora_diffusion.library import Library
+from tests.diffusion.lora_examples import concept_for
+from tests.diffusion.thin_families import NAMES, thin_family
 from tests.test_cli import refused
 
 QUICK = ("--steps", 1, "--guidance", 1, "--json")
@@ -186,3 +188,17 @@ def test_a_region_for_a_concept_that_the_prompt_does_not_name_is_refused(sbora):
     warning, error = err.splitlines()
     assert (status, out) == (2, "") and warning.startswith("warning: ")
     assert error.startswith("error: ") and "does not mention <plushbear>" in error
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_draws_with_its_concepts(sbora, pocket, family, monkeypatch, tmp_path):
+    base = thin_family(family, pocket)
+    monkeypatch.setattr(bases, "load_base", lambda *_: base)
+    write_concept(tmp_path / "mug.safetensors", concept_for(base.pipeline, "mug", family))
+    command = ("a <mug> in the rain", "--concept", tmp_path / "mug.safetensors", "--base", "thin")
+    status, out, said = sbora(*command, *QUICK, "-o", "mug.png")
+    assert (status, said) == (0, "mug.png\n")
+    (picture,) = json.loads(out)["pictures"]
+    assert [concept["name"] for concept in picture["concepts"]] == ["mug"]
+    with Image.open("mug.png") as drawn:
+        assert drawn.size == (32, 32)

@@ -216,8 +216,9 @@ def _read_file(path: Path, options: dict) -> Any:
     beside = path.with_suffix("")
     try:
         if (beside / "model_index.json").is_file():
-            config = {"config": str(beside), "local_files_only": True}
-            return _pipeline_of(beside).from_single_file(str(path), **options, **config)
+            kind, config = _named_by(beside), {"config": str(beside), "local_files_only": True}
+            options |= _left_out(beside, kind)
+            return kind.pipeline.from_single_file(str(path), **options, **config)
         return _family_of_file(path).pipeline.from_single_file(str(path), **options)
     except SboraError:
         raise
@@ -246,8 +247,9 @@ def _read_folder(path: Path, options: dict) -> Any:
             f"base {path} has no model_index.json", "give a model folder in diffusers layout"
         )
     try:
-        pipeline = _pipeline_of(path)
-        return pipeline.from_pretrained(str(path), **options, local_files_only=True)
+        kind = _named_by(path)
+        options |= _left_out(path, kind)
+        return kind.pipeline.from_pretrained(str(path), **options, local_files_only=True)
     except SboraError:
         raise
     except Exception as error:
@@ -256,13 +258,19 @@ def _read_folder(path: Path, options: dict) -> Any:
         ) from error
 
 
-def _pipeline_of(folder: Path) -> Any:
-    """The pipeline that a model folder names."""
+def _named_by(folder: Path) -> Family:
+    """The first family of the pipeline that a model folder names."""
     name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     for family in FAMILIES:
         if family.pipeline.__name__ == name:
-            return family.pipeline
+            return family
     raise FormatError(f"base {folder} is a {str(name)[:80]}, which no known family has", _known())
+
+
+def _left_out(folder: Path, kind: Family) -> dict[str, None]:
+    """T5 and its tokenizer where the folder has none: diffusers wants to be told."""
+    absent = [e for e in kind.encoders if not e.trained and not (folder / e.model).is_dir()]
+    return {name: None for encoder in absent for name in (encoder.model, encoder.tokenizer)}
 
 
 def _known() -> str:

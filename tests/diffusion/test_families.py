@@ -214,12 +214,15 @@ def flow(pocket) -> Base:
     return thin_family("sd3", pocket, with_t5=False)
 
 
-def test_stable_diffusion_3_works_without_t5(flow):
+def test_stable_diffusion_3_works_without_t5_also_from_a_folder(flow, tmp_path):
     texts = Texts(flow)
     expected = flow.pipeline.encode_prompt("a photo", None, None)
     found = told(flow, texts, "a photo")
     torch.testing.assert_close(found.states, expected[0], rtol=0, atol=1e-6)
-    assert drawn(flow, "a photo").isfinite().all()
+    flow.pipeline.save_pretrained(tmp_path / "model")
+    again = load_base(str(tmp_path / "model"), "cpu")
+    assert again.pipeline.text_encoder_3 is None
+    assert torch.equal(drawn(again, "a photo"), drawn(flow, "a photo"))
 
 
 def test_regions_need_cross_attention_and_say_so_in_a_line(flow):
