@@ -68,11 +68,6 @@ class Base:
         """The UNet or transformer."""
         return getattr(self.pipeline, self.kind.denoiser)
 
-    def refuse_several_encoders(self, what: str, remedy: str) -> None:
-        """Raise ConfigError, in the name of what reads one text encoder alone."""
-        if len(self.kind.encoders) > 1:
-            raise ConfigError(f"{what} cannot work yet with a base of family {self.family}", remedy)
-
     def predicted(
         self, denoiser: nn.Module, noised: Tensor, timesteps: Tensor, told: Told
     ) -> Tensor:

@@ -56,7 +56,11 @@ class AdaptedTraining(GroupTraining):
         layerwise: bool = False,
         random_first: float = 0.0,
     ):
-        base.refuse_several_encoders("a method compared with", "give a base with one text encoder")
+        if len(base.kind.encoders) > 1:
+            raise ConfigError(
+                f"a method compared with cannot work yet with a base of family {base.family}",
+                "give a base with one text encoder",
+            )
         _refuse_scale(lessons)
         self._method, self._layerwise, self._random_first = method, layerwise, random_first
         self._key, self._states = base.key, ExitStack()
