@@ -1,5 +1,6 @@
 """The commands `sbora llm …`: the language-model path."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,6 +105,7 @@ def _say_trained(console: Console, done: "Done", recipe: "LlmConfig", output: Pa
             "trained_parameters": done.trained,
             "steps": done.steps,
             "seconds": round(done.seconds, 2),
+            "step_seconds": None if math.isnan(done.step_seconds) else round(done.step_seconds, 4),
             "peak_bytes": done.peak_bytes,
             "losses": done.losses,
             "training": recipe.model_dump(mode="json"),

@@ -31,12 +31,12 @@ def own_rows(batch: Batch, accelerator: Accelerator) -> Batch:
 def shared(losses: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> Tensor:
     """The mean of the processes' losses; where a step is due, of their gradients too, in one
     message: they are small."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    parts = [losses, *(grads if accelerator.sync_gradients else [])]
+    grads = [p.grad for p in parameters if p.grad is not None and accelerator.sync_gradients]
+    parts = [losses, *grads]
     flat = torch.cat([part.flatten() for part in parts])
     means = accelerator.reduce(flat, "mean").split([part.numel() for part in parts])
-    for grad, mean in zip(parts[1:], means[1:], strict=True):
-        grad.copy_(mean.view_as(grad))
+    if grads:
+        torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means[1:], grads, strict=True)])
     return means[0]
 
 

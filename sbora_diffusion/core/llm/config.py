@@ -51,6 +51,7 @@ class LlmConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     optimizer: Optimizer = "adamw"
     gradient_checkpointing: bool = False
+    log_every: int = Field(10, ge=1, description="steps between two losses that are kept")
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -88,6 +88,7 @@ def _nf4(dtype: str, double_quant: bool) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=DTYPES[dtype],
+        bnb_4bit_quant_storage=DTYPES[dtype],  # FSDP divides no integers
     )
 
 

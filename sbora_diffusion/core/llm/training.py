@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,7 +24,7 @@ from sbora_diffusion.core.llm.methods import Adapter, adapted, trained_parameter
 from sbora_diffusion.core.llm.prompts import Collator, Row, padding_id
 from sbora_diffusion.core.llm.resuming import Checkpoints, SealingCallback, refuse_shards
 from sbora_diffusion.core.llm.shapes import check_targets, default_targets
-from sbora_diffusion.core.llm.watching import LOGGED, Report, Watch
+from sbora_diffusion.core.llm.watching import Report, Watch
 from sbora_diffusion.core.tuner.folded_training import FoldedTraining, folded_training
 
 RECORD = "sbora.json"
@@ -41,9 +42,10 @@ class Done:
     """What a training gave.
 
     Attributes:
-        losses: (step, mean loss since the one before), every `LOGGED` steps and at checkpoints.
+        losses: (step, mean loss since the one before), every `log_every` steps and at checkpoints.
         seconds: from the first step to the last one.
-        peak_bytes: most memory that tensors took on a GPU; 0 on a CPU.
+        step_seconds: of one step, the median; NaN if there was but one.
+        peak_bytes: most memory that tensors took on any of the GPUs; 0 on a CPU.
         gathered: the adapter's tensors, where FSDP has divided the model's.
     """
 
@@ -52,6 +54,7 @@ class Done:
     trained: int
     steps: int
     seconds: float
+    step_seconds: float
     losses: list[tuple[int, float]] = field(default_factory=list)
     peak_bytes: int = 0
     gathered: dict[str, torch.Tensor] | None = None
@@ -138,6 +141,7 @@ def train(
         trained_parameters(wrapped),
         steps,
         watch.seconds,
+        watch.step_seconds,
         watch.losses,
         _peak_memory(),
         _gathered(wrapped, trainer),
@@ -243,7 +247,7 @@ def _arguments(
         save_strategy="steps" if save_every else "no",
         save_steps=save_every or 500,
         save_total_limit=2,
-        logging_steps=LOGGED,
+        logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
@@ -252,6 +256,8 @@ def _arguments(
         ddp_find_unused_parameters=False,
         use_cpu=cpu,
     )
+    if arguments.n_gpu > 1:  # without a launcher Trainer would copy the model to all GPUs
+        arguments._n_gpu = 1
     arguments.gradient_accumulation_steps = _accumulation(config, arguments.world_size)
     return arguments
 
@@ -295,4 +301,6 @@ def _start_memory() -> None:
 
 
 def _peak_memory() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    """Of the process that took most; all processes call it."""
+    own = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return max(gather_object([own]))

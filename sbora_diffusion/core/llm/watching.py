@@ -1,16 +1,16 @@
 """What is seen of a training while Trainer runs it."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from transformers import TrainerCallback
 
 from sbora_diffusion.core.errors import NonFiniteError
 
-LOGGED = 10
-"""Steps between two losses that are kept."""
 Report = Callable[[int, int, float], None]
 
 
@@ -28,10 +28,22 @@ class Watch(TrainerCallback):
     def __init__(self, steps: int, report: Report) -> None:
         self.steps, self.report = steps, report
         self.losses: list[tuple[int, float]] = []
-        self.seconds, self._began, self._loss = 0.0, 0.0, math.nan
+        self._marks: list[float] = []
+        self._loss = math.nan
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the end of the last step."""
+        return self._marks[-1] - self._marks[0] if self._marks else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """The median of all steps but the first, in which kernels are chosen; NaN without them."""
+        steps = [after - before for before, after in pairwise(self._marks[1:])]
+        return statistics.median(steps) if steps else math.nan
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
+        self._marks = [time.perf_counter()]
         logs = [log for log in state.log_history if "loss" in log]
         self.losses = [(log["step"], log["loss"]) for log in logs]
 
@@ -51,7 +63,7 @@ class Watch(TrainerCallback):
             self.losses.append((state.global_step, self._loss))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._began
+        self._marks.append(time.perf_counter())
         # Trainer does not save its running sum of losses.
         control.should_log |= control.should_save or state.global_step == self.steps
         self.report(state.global_step, self.steps, self._loss)

@@ -67,3 +67,15 @@ def test_two_processes_with_their_parts_of_the_weights(arguments, alone, tmp_pat
     assert divided.keys() == alone.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(divided[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_with_their_parts_of_nf4_weights(arguments, tmp_path):
+    options = [*arguments, "--quantize", "nf4"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*options, "-o", str(tmp_path / "alone")])
+    assert ended.value.code == 0
+    alone = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    divided = by_two("tests.core.llm.divided", options, tmp_path / "divided", **FSDP)
+    assert divided.keys() == alone.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-5, atol=1e-6)
