@@ -145,6 +145,8 @@ def write_model(folder: Path, device: str, tiny: bool) -> dict[str, Any]:
     numbered = [(folder, number, *shard) for number, shard in enumerate(shards.items())]
     with ThreadPoolExecutor(8) as pool:
         sizes = list(pool.map(lambda shard: _write_shard(*shard, device), numbered))
+    if device != "cpu":
+        torch.cuda.empty_cache()  # the trainings are other processes
     where = {name: file for file, shapes in shards.items() for name in shapes}
     index = {"metadata": {"total_size": 2 * sum(sizes)}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
