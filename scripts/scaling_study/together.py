@@ -45,12 +45,12 @@ def together(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def compared(shape: str, folder: Path) -> dict[str, Any]:
     one, two = (json.loads((folder / str(n) / f"{shape}.json").read_text()) for n in (1, GPUS))
     concepts = [read_concept(folder / str(n) / f"{shape}.safetensors") for n in (1, GPUS)]
-    efficiency = one["step_seconds"] / two["step_seconds"]
+    efficiency, goal = one["step_seconds"] / two["step_seconds"], GOALS.get(shape)
     return {
         "title": SHAPES[shape],
         "one_process": one,
         "two_processes": two,
-        "efficiency": at_least(efficiency, GOALS[shape]) if shape in GOALS else round(efficiency, 4),
+        "efficiency": at_least(efficiency, goal) if goal else round(efficiency, 4),
         "difference": at_most(distance(*map(factors, concepts)), APART),
     }
 

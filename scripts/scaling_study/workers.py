@@ -44,10 +44,12 @@ def at_work(
     began = time.monotonic()
     started = [worker(args, subjects, folder, number, count) for number in range(count)]
     documents = [document(finished(run, LIMIT)) for run in started]
-    training = [sum(c["seconds"] for c in _concepts(found)) for found in documents]
+    wall = time.monotonic() - began
+    training = [[c["seconds"] for c in _concepts(found)] for found in documents]
     return {
-        "wall_seconds": round(time.monotonic() - began, 1),
-        "slowest_worker_seconds": round(max(training), 2),
+        "wall_seconds": round(wall, 1),
+        "slowest_worker_seconds": round(max(map(sum, training)), 2),
+        "seconds_of_each_concept": training,
     }
 
 
