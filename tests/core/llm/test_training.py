@@ -1,6 +1,7 @@
 """Training an adapter: what changes, what is written, and going on after any end."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -86,6 +87,13 @@ def test_accumulated_and_packed_and_checkpointed_trainings_run(tmp_path):
     assert done.steps == 6 and len(done.losses) == 1
     whole = trained(tmp_path, steps=None, epochs=2.0)
     assert whole.steps == 6  # 12 rows in batches of 4, twice
+
+
+def test_each_steps_loss_is_kept_where_it_is_asked_for(tmp_path):
+    done = trained(tmp_path, log_every=1, steps=3)
+    assert [step for step, _ in done.losses] == [1, 2, 3]
+    assert 0.0 < done.step_seconds < done.seconds
+    assert math.isnan(trained(tmp_path, steps=1).step_seconds)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
