@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -24,7 +23,7 @@ from sbora_diffusion.core.llm.methods import Adapter, adapted, trained_parameter
 from sbora_diffusion.core.llm.prompts import Collator, Row, padding_id
 from sbora_diffusion.core.llm.resuming import Checkpoints, SealingCallback, refuse_shards
 from sbora_diffusion.core.llm.shapes import check_targets, default_targets
-from sbora_diffusion.core.llm.watching import Report, Watch
+from sbora_diffusion.core.llm.watching import Report, Watch, peak_memory, start_memory
 from sbora_diffusion.core.tuner.folded_training import FoldedTraining, folded_training
 
 RECORD = "sbora.json"
@@ -132,7 +131,7 @@ def train(
     )
     refuse_shards(trainer)
     trainer.remove_callback(PrinterCallback)
-    _start_memory()
+    start_memory()
     with _folded(wrapped, trainer):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     return Done(
@@ -143,7 +142,7 @@ def train(
         watch.seconds,
         watch.step_seconds,
         watch.losses,
-        _peak_memory(),
+        peak_memory(),
         _gathered(wrapped, trainer),
     )
 
@@ -293,14 +292,3 @@ def _gathered(model: PeftModel, trainer: Trainer) -> dict[str, Any] | None:
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return get_model_state_dict(model, options=options)
-
-
-def _start_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory() -> int:
-    """Of the process that took most; all processes call it."""
-    own = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return max(gather_object([own]))

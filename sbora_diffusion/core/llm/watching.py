@@ -7,6 +7,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from sbora_diffusion.core.errors import NonFiniteError
@@ -67,3 +69,16 @@ class Watch(TrainerCallback):
         # Trainer does not save its running sum of losses.
         control.should_log |= control.should_save or state.global_step == self.steps
         self.report(state.global_step, self.steps, self._loss)
+
+
+def start_memory() -> None:
+    """Count a GPU's memory from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """The most bytes that tensors have taken since, of the process that took most; 0 on a CPU. All
+    processes call it."""
+    own = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return max(gather_object([own]))
