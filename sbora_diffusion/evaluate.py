@@ -150,7 +150,7 @@ def evaluate_concept(
             {"prompt": prompt.format(words), **_compared(_of_prompt(groups, k, config.num))}
             for k, prompt in enumerate(prompts)
         ],
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - began, 3),
     }
     return Evaluation(record, groups, references)
 
