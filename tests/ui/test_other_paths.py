@@ -34,7 +34,7 @@ def test_a_concept_is_judged_in_figures_and_pictures(page):
     wait_for_state(page, "done", "trex", "evaluate")
     for words in ("text alignment", "image alignment"):
         page.locator("#evaluate-view", has_text=words).wait_for()
-    assert page.locator("#evaluate-pictures img").count() > 0
+    page.locator("#evaluate-pictures img").first.wait_for()
     opened(page, "Command, and the file")
     command = page.locator("#evaluate-command textarea").input_value()
     assert command.startswith("sbora evaluate trex")
