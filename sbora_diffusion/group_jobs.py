@@ -1,9 +1,7 @@
 """Training many concepts into the library, several at once."""
 
-import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from sbora_diffusion.checkpointing import (
     resumed_slots,
 )
 from sbora_diffusion.core.checkpoints import CheckpointFolder
-from sbora_diffusion.core.concept import Concept, write_concept
+from sbora_diffusion.core.concept import Concept, concept_bytes
 from sbora_diffusion.core.errors import ConfigError, ConflictError
+from sbora_diffusion.core.storage import written_together
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.concepts import Subject
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -145,7 +144,9 @@ def _train_group(
     with run.as_before():
         concepts, losses = _learn(run, subjects, ranges, report)
     files = [concept_file(folder, concept.meta.name) for concept in concepts]
-    with library.together() as joined, _written(list(zip(files, concepts, strict=True))):
+    make_parent(files[0])
+    contents = [concept_bytes(concept)[0] for concept in concepts]
+    with library.together() as joined, written_together(zip(files, contents, strict=True)):
         for file, concept in zip(files, concepts, strict=True):
             meta, token = concept.meta, concept.meta.tokens[0].token
             if ranges[meta.name].registered:
@@ -175,23 +176,6 @@ def _learn(
         return training.concepts(), losses
     finally:
         training.close()
-
-
-@contextmanager
-def _written(files: Sequence[tuple[Path, Concept]]) -> Iterator[None]:
-    """Write concept files that get their names, all of them, when the block ends well."""
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for path, concept in files:
-            make_parent(path)
-            staged.append((path.with_name(f".sbora-{secrets.token_hex(8)}.tmp"), path))
-            write_concept(staged[-1][0], concept)
-        yield
-        for temporary, path in staged:
-            temporary.replace(path)
-    finally:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
 
 
 def _reporter(

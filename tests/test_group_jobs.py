@@ -2,7 +2,7 @@
 
 import pytest
 
-from sbora_diffusion import group_jobs
+from sbora_diffusion.core import storage
 from sbora_diffusion.core.concept import read_concept
 from sbora_diffusion.core.errors import ConfigError, ConflictError, NonFiniteError, ResourceError
 from sbora_diffusion.diffusion.concepts import read_subject
@@ -66,16 +66,18 @@ def test_a_later_failure_keeps_what_was_finished(pocket, library, tmp_path, monk
 def test_a_file_that_cannot_be_written_takes_the_others_with_it(
     pocket, library, tmp_path, monkeypatch
 ):
-    write = group_jobs.write_concept
+    write, staged = storage.write_durably, []
 
-    def second_fails(path, concept):
-        if concept.meta.name == "baseballcap":
-            raise ResourceError("the disk is full")
-        return write(path, concept)
+    def second_fails(path, data):
+        if staged:
+            raise OSError(28, "No space left on device")
+        staged.append(path)
+        write(path, data)
 
-    monkeypatch.setattr(group_jobs, "write_concept", second_fails)
-    with pytest.raises(ResourceError):
+    monkeypatch.setattr(storage, "write_durably", second_fails)
+    with pytest.raises(ResourceError, match=r"baseballcap.safetensors cannot be written: No space"):
         learn(pocket, library, tmp_path / "out", NAMES[:2])
+    assert staged
     assert library.concepts() == [] and list((tmp_path / "out").iterdir()) == []
 
 

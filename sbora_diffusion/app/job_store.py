@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from sbora_diffusion.app.shown import shown_command
 from sbora_diffusion.core.errors import ConfigError, ResourceError
+from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.core.storage import write_atomically
+from sbora_diffusion.core.temporaries import sweep
 
 State = Literal["queued", "running", "done", "stopped", "failed"]
 MAX_WAITING = 8
@@ -121,17 +123,13 @@ class JobStore:
                 "wait until one has ended, or stop one",
             )
         name = f"{time.time_ns():016x}-{secrets.token_hex(4)}"
-        unfinished = self.folder / f".{name}"
-        try:
-            unfinished.mkdir(parents=True)
-            facts = {"kind": kind, "title": title, "words": list(words), "product": str(product)}
+        facts = {"kind": kind, "title": title, "words": list(words), "product": str(product)}
+
+        def fill(unfinished: Path) -> None:
             (unfinished / "job.json").write_text(json.dumps(facts), encoding="utf-8")
             (unfinished / "state.json").write_text(json.dumps(asdict(Standing())))
-            unfinished.rename(self.folder / name)
-        except OSError as error:
-            raise ResourceError(
-                f"{self.folder} cannot be written: {error.strerror}", "make room there"
-            ) from error
+
+        write_folder(self.folder / name, fill)
         self._drop_old()
         return self.get(name)
 
@@ -185,6 +183,7 @@ class JobStore:
             return None  # being removed, or damaged: it is not shown
 
     def _drop_old(self) -> None:
+        sweep(self.folder)
         for job in self.jobs()[KEPT:]:
             if not job.is_open:
                 shutil.rmtree(job.folder, ignore_errors=True)

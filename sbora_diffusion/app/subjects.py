@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from sbora_diffusion.app.workspace import Workspace
-from sbora_diffusion.core.errors import ConfigError, ConflictError, DataError, ResourceError
+from sbora_diffusion.core.errors import ConfigError, ConflictError, DataError
+from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.core.settings import validate
 from sbora_diffusion.diffusion.concepts import ConceptSettings, Subject, image_files, read_subject
 
@@ -73,18 +74,7 @@ def save_subject(
         raise ConflictError(
             f"There is a concept {settings.name!r} already", "take another name, or delete it first"
         )
-    unfinished = workspace.subjects / f".{settings.name}.unfinished"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        _write(unfinished, settings, pictures, captions)
-        unfinished.rename(folder)
-    except OSError as error:
-        raise ResourceError(
-            f"{folder} cannot be written: {error.strerror}", "make room there"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    write_folder(folder, lambda unfinished: _write(unfinished, settings, pictures, captions))
     return folder
 
 

@@ -6,9 +6,7 @@ temporary name: files are written, the manifest last, all are forced to the disk
 gets its name in one rename. A process that is killed at any point leaves the checkpoints before it.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sbora_diffusion.core.errors import FormatError, IntegrityError, NonFiniteError
-from sbora_diffusion.core.folders import TEMPORARY, write_folder
+from sbora_diffusion.core.folders import write_folder
 from sbora_diffusion.core.manifest import (
     MANIFEST,
     REMEDY,
@@ -30,6 +28,7 @@ from sbora_diffusion.core.manifest import (
     verify_file,
 )
 from sbora_diffusion.core.storage import canonical_json, decode, encode, strict_json
+from sbora_diffusion.core.temporaries import discard, sweep, temporary_beside
 
 FORMAT = 1
 KEPT = 2
@@ -37,7 +36,6 @@ STATE = "state.json"
 
 _NAME = re.compile(r"\d{6,}_step_\d+")
 _FILE = re.compile(r"[a-z]+\.(json|safetensors)")
-_STALE = re.compile(re.escape(TEMPORARY).replace(r"\{\}", r"(\d+)") + ".*")
 
 
 class Content(NamedTuple):
@@ -115,10 +113,7 @@ class CheckpointFolder:
 
     def sweep(self) -> None:
         """Remove what processes that are gone left half-written."""
-        for entry in self.root.iterdir() if self.root.is_dir() else ():
-            stale = _STALE.fullmatch(entry.name)
-            if stale and not _runs(int(stale[1])):
-                shutil.rmtree(entry, ignore_errors=True)
+        sweep(self.root)
 
     def remove(self) -> None:
         """Remove all checkpoints, and the folder if nothing else is in it."""
@@ -130,10 +125,10 @@ class CheckpointFolder:
 
     def _drop(self, path: Path) -> None:
         """Under a temporary name first: no half of it is ever read."""
-        doomed = path.with_name(TEMPORARY.format(os.getpid()) + path.name)
+        doomed = temporary_beside(path)
         with suppress(OSError):
             path.replace(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard(doomed)
 
 
 def read_checkpoint(path: Path) -> Content:
@@ -181,16 +176,3 @@ def _manifest(path: Path) -> dict[str, Entry]:
 
 def _number(path: Path) -> int:
     return int(path.name.partition("_")[0])
-
-
-def _runs(process: int) -> bool:
-    """Whether a process is there; where that cannot be asked, none is."""
-    if os.name != "posix":
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

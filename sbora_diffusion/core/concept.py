@@ -45,6 +45,7 @@ __all__ = [
     "TokenMeta",
     "canonical_document",
     "check_mergeable",
+    "concept_bytes",
     "concept_of",
     "decode_concept",
     "encode_concept",
@@ -80,10 +81,20 @@ def write_concept(path: str | Path, concept: Concept, overwrite: bool = True) ->
         ConfigError: the file exists and `overwrite` is false.
         ResourceError: it cannot be written; an older file of that name is untouched.
     """
+    data, digest = concept_bytes(concept)
+    write_atomically(Path(path), data, overwrite)
+    return digest
+
+
+def concept_bytes(concept: Concept) -> tuple[bytes, str]:
+    """Validate a concept and give the bytes of its file, and the digest that the file carries.
+
+    Raises:
+        FormatError, NonFiniteError, CapacityError: the concept is not valid.
+    """
     tensors, document = encode_concept(concept)
     metadata = {"sbora": canonical_json(document), **_metadata_for_others(concept.meta)}
-    write_atomically(Path(path), encode(tensors, metadata), overwrite)
-    return document["digest"]
+    return encode(tensors, metadata), document["digest"]
 
 
 def encode_concept(concept: Concept) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

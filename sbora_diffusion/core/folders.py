@@ -1,8 +1,6 @@
 """Folders that appear whole or not at all."""
 
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +9,8 @@ from safetensors import SafetensorError
 
 from sbora_diffusion.core.errors import ConflictError, ResourceError
 from sbora_diffusion.core.storage import sync_folder
+from sbora_diffusion.core.temporaries import discard, temporary_beside
 
-TEMPORARY = ".sbora-{}-"
-"""What unfinished folders are called: with the number of the process that makes them."""
 _REMEDY = "make room there, or choose another folder"
 
 
@@ -30,8 +27,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise ConflictError(f"{folder} exists and is not empty", "give another --output")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        name = TEMPORARY.format(os.getpid()) + secrets.token_hex(8)
-        unfinished = folder.parent / name
+        unfinished = temporary_beside(folder)
         unfinished.mkdir()  # tempfile's would be 0700 whatever the umask
     except OSError as error:
         raise ResourceError(f"{folder} cannot be written: {error.strerror}", _REMEDY) from error
@@ -44,7 +40,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ResourceError(f"{folder} cannot be written: {reason}", _REMEDY) from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        discard(unfinished)
 
 
 def settle(folder: Path) -> None:

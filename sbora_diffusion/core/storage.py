@@ -9,9 +9,9 @@ here and not by the safetensors library because the library orders the metadata 
 import json
 import os
 import re
-import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from sbora_diffusion.core.errors import ConfigError, FormatError, ResourceError
+from sbora_diffusion.core.temporaries import discard, temporary_beside
 
 MAX_FILE = 2 << 30
 MAX_HEADER = 4 << 20
@@ -82,7 +83,8 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
     """Write a file completely or not at all; its mode follows the umask.
 
     The bytes go to a temporary file in the same folder, are forced to the disk, and take the name
-    in one rename, which is forced to the disk too.
+    in one rename, which is forced to the disk too. What a killed process left of an earlier attempt
+    is removed.
 
     Raises:
         ConfigError: the file exists and must not be overwritten.
@@ -90,15 +92,37 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
     """
     if not overwrite and os.path.lexists(path):
         raise ConfigError(f"{path} exists already", "choose another name or allow overwriting")
-    temporary = path.parent / f".sbora-{secrets.token_hex(8)}.tmp"
+    with written_together([(path, data)]):
+        pass
+
+
+@contextmanager
+def written_together(files: Iterable[tuple[Path, bytes]]) -> Iterator[None]:
+    """Write files that get their names, all of them, when the block ends well.
+
+    Raises:
+        ResourceError: see `write_atomically`.
+    """
+    staged: list[tuple[Path, Path]] = []
     try:
-        try:
-            write_durably(temporary, data)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        for path, data in files:
+            with _refused_writing(path):
+                staged.append((temporary_beside(path), path))
+                write_durably(staged[-1][0], data)
+        yield
+        for temporary, path in staged:
+            with _refused_writing(path):
+                os.replace(temporary, path)
+                sync_folder(path.parent)
+    finally:
+        for temporary, _ in staged:
+            discard(temporary)
+
+
+@contextmanager
+def _refused_writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise ResourceError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}",

@@ -97,11 +97,16 @@ def test_on_a_device_it_is_resumed_exactly(tmp_path, device, record_property):
 
 
 @pytest.mark.reliability
-def test_killed_at_each_call_of_its_saves_it_is_resumed_exactly(tmp_path, record_property):
-    """Of three saves, of their removal, and of the concept file."""
-    plan = Plan(str(tmp_path / "counted"), config={"steps": 4})
+@pytest.mark.parametrize(
+    ("names", "saves"), [(("plushbear",), 3), (GROUP, 1)], ids=("one", "group")
+)
+def test_killed_at_each_call_of_its_saves_it_is_resumed_exactly(
+    tmp_path, names, saves, record_property
+):
+    """Of the saves, of their removal, and of the concept files."""
+    plan = Plan(str(tmp_path / "counted"), names, {"steps": saves + 1})
     (counted,) = endings([plan])
     calls = range(1, counted.calls + 1)
     kills = exact(tmp_path, [dataclasses.replace(plan, call=call) for call in calls])
-    assert kills == len(calls) > 3 * 10, "of each save four files, the folder and its parent"
+    assert kills == len(calls) > saves * 10, "of each save four files, the folder and its parent"
     record_property("2 calls of saves killed, the training resumed exactly", kills)
