@@ -109,3 +109,13 @@ def test_a_million_spoilt_files_were_tried_and_the_page_says_what_came_of_them()
     assert figures["done"] >= 1_000_000 and figures["failures"] == []
     told = [figures[name] for name in ("files", "refused", "same", "forged_valid")]
     assert told[0] == sum(told[1:]) and all(f"{count:,}" in page for count in told)
+
+
+def test_the_whole_list_passed_and_the_page_says_how_many_trainings_were_killed():
+    record = json.loads((RESULTS / "reliability.json").read_text())
+    (run,) = [run for run in record["runs"] if run["name"] == "full forms"]
+    assert run["figures"].keys() == {"passed", "skipped", "lines"}
+    page = (RESULTS.parent / "SECURITY.md").read_text(encoding="utf-8")
+    counted = [line.split(maxsplit=2) for line in run["figures"]["lines"]]
+    kills = {test: sum(int(n) for t, n, _ in counted if t == test) for test in "12"}
+    assert f"{kills['1']} trainings were killed at a step and {kills['2']} within a" in page
