@@ -1,5 +1,6 @@
 """The dependency audit of `make check`: it fails for a vulnerability and for nothing else."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,8 +10,14 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "audit_dependencies.py"
-FOUND = 'sys.exit("Found 2 known vulnerabilities in 1 package")'
-OFFLINE = 'sys.exit("requests.exceptions.ProxyError: no connection")'
+FINE = {"name": "fine", "version": "1", "vulns": []}
+BAD = {"name": "bad", "version": "2", "vulns": [{"id": "CVE-1"}, {"id": "CVE-2"}]}
+UNKNOWN = {"name": "unknown", "skip_reason": "not found"}
+
+
+def answer(*packages: dict[str, object], status: int = 0) -> str:
+    """A program that answers as pip-audit does."""
+    return f"print({json.dumps({'dependencies': packages})!r})\nsys.exit({status})"
 
 
 def audited(tmp_path: Path, program: str) -> subprocess.CompletedProcess:
@@ -23,10 +30,14 @@ def audited(tmp_path: Path, program: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("program", "status", "said"),
-    [(FOUND, 1, "2 known vulnerabilities"), (OFFLINE, 0, "skipped: .*ProxyError"),
-     ('print("No known vulnerabilities found", file=sys.stderr)', 0, "No known")],
-    ids=["found", "offline", "clean"],
-)  # fmt: skip
+    [
+        (answer(FINE, BAD, status=1), 1, "2 packages, 2 advisories\nbad 2: CVE-1\nbad 2: CVE-2"),
+        ('sys.exit("requests.exceptions.ProxyError: no connection")', 0, "skipped: .*ProxyError"),
+        (answer(UNKNOWN, UNKNOWN), 0, "skipped: advisories for none of 2 packages"),
+        (answer(FINE, UNKNOWN), 0, "1 of 2 packages, 0 advisories"),
+    ],
+    ids=["found", "offline", "unknown", "clean"],
+)
 def test_only_a_vulnerability_fails_it(tmp_path, program, status, said):
     ended = audited(tmp_path, program)
     assert ended.returncode == status and re.search(said, ended.stdout), ended.stderr
