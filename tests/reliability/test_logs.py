@@ -30,6 +30,9 @@ COMMANDS = {
     "inspect": ("inspect", "b.safetensors", "--json"),
     "library": ("library", "show", "bear"),
     "merge": ("merge", "b.safetensors", "-o", "model", "--base", "pocket"),
+    "check": ("check", "b.safetensors", "--base", "pocket"),
+    "export": ("export", "b.safetensors", "--to", "kohya", "-o", "export", "--base", "pocket"),
+    "import": ("import", "export", "-o", "back.safetensors"),
     "no such file": ("merge", "c.safetensors", "-o", "other"),
     "no subject": ("train", "nowhere"),
 }
