@@ -149,8 +149,8 @@ class Calibrated(Merged):
     def _measure(self, concepts: Sequence[Weighted]) -> None:
         """Draw what has not been drawn yet; leaves the base bare or with one of them."""
         new = [pair for pair in concepts if _key(pair) not in self._own]
-        rest = generic_steps(self.config) if self._generic is None else 0
-        progress = _Progress(self._on_step, len(new) * own_steps(self.config) + rest)
+        rest = generic_steps(self.base, self.config) if self._generic is None else 0
+        progress = _Progress(self._on_step, len(new) * own_steps(self.base, self.config) + rest)
         for pair in new:
             self._fold([pair])
             found = own_moments(self.base, pair[0], self.config, progress.part())
@@ -164,8 +164,8 @@ class Calibrated(Merged):
         if not concepts:
             return []
         new = [pair for pair in concepts if _key(pair) not in self._heard]
-        rest = 0 if None in self._heard else generic_prediction_steps(self.config)
-        steps = len(new) * own_prediction_steps(self.config) + rest + self.config.refine
+        rest = 0 if None in self._heard else generic_prediction_steps(self.base, self.config)
+        steps = len(new) * own_prediction_steps(self.base, self.config) + rest + self.config.refine
         progress = _Progress(self._on_step, steps)
         for pair in new:
             self._fold([pair])

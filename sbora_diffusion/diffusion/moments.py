@@ -23,6 +23,8 @@ from sbora_diffusion.diffusion.tokens import ENCODERS, FIRST, read_texts
 
 AT_ONCE = 8
 """Prompts in a batch, which guidance doubles."""
+PIXELS = AT_ONCE * 512 * 512
+"""Of a batch at most, so that a GPU holds what passes the denoiser beside what is counted."""
 PADDING = 0.05
 """How much a position after the prompt's end counts; they outnumber the words by far."""
 
@@ -108,14 +110,19 @@ def generic_moments(
     return _moments(base, generic_prompts(config.generic, config.seed), True, config, report)
 
 
-def own_steps(config: CalibrateConfig) -> int:
+def own_steps(base: Base, config: CalibrateConfig) -> int:
     """What `own_moments` counts up to."""
-    return -(-len(config.prompts) // AT_ONCE) * config.steps
+    return -(-len(config.prompts) // at_once(base)) * config.steps
 
 
-def generic_steps(config: CalibrateConfig) -> int:
+def generic_steps(base: Base, config: CalibrateConfig) -> int:
     """What `generic_moments` counts up to."""
-    return -(-config.generic // AT_ONCE) * config.steps
+    return -(-config.generic // at_once(base)) * config.steps
+
+
+def at_once(base: Base) -> int:
+    """Prompts in a batch: what each of them gives does not depend on it."""
+    return max(1, min(AT_ONCE, PIXELS // base.resolution**2))
 
 
 @torch.no_grad()
@@ -126,10 +133,10 @@ def _moments(
     config: CalibrateConfig,
     report: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    moments = Moments()
-    for first in range(0, len(prompts), AT_ONCE):
-        rows = [spelled(prompt) for prompt in prompts[first : first + AT_ONCE]]
-        done = first // AT_ONCE * config.steps
+    moments, batch = Moments(), at_once(base)
+    for first in range(0, len(prompts), batch):
+        rows = [spelled(prompt) for prompt in prompts[first : first + batch]]
+        done = first // batch * config.steps
 
         def after(step: int, done: int = done) -> None:
             report(done + step)

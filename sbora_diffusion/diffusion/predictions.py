@@ -12,7 +12,7 @@ from sbora_diffusion.core.concept import Concept
 from sbora_diffusion.diffusion.activations import own_prompts
 from sbora_diffusion.diffusion.bases import Base
 from sbora_diffusion.diffusion.generic import generic_prompts
-from sbora_diffusion.diffusion.moments import AT_ONCE, CalibrateConfig
+from sbora_diffusion.diffusion.moments import CalibrateConfig, at_once
 from sbora_diffusion.diffusion.pipeline import draw_latents
 
 
@@ -54,25 +54,25 @@ def generic_predictions(
     return _heard(base, generic_prompts(config.generic, config.seed), config, report)
 
 
-def own_prediction_steps(config: CalibrateConfig) -> int:
+def own_prediction_steps(base: Base, config: CalibrateConfig) -> int:
     """What `own_predictions` counts up to."""
-    return -(-len(config.prompts) // AT_ONCE) * config.refine_timesteps
+    return -(-len(config.prompts) // at_once(base)) * config.refine_timesteps
 
 
-def generic_prediction_steps(config: CalibrateConfig) -> int:
+def generic_prediction_steps(base: Base, config: CalibrateConfig) -> int:
     """What `generic_predictions` counts up to."""
-    return -(-config.generic // AT_ONCE) * config.refine_timesteps
+    return -(-config.generic // at_once(base)) * config.refine_timesteps
 
 
 @torch.no_grad()
 def _heard(
     base: Base, prompts: Sequence[str], config: CalibrateConfig, report: Callable[[int], None]
 ) -> Predictions:
-    parts, steps = [], config.refine_timesteps
-    for first in range(0, len(prompts), AT_ONCE):
-        rows = prompts[first : first + AT_ONCE]
+    parts, steps, batch = [], config.refine_timesteps, at_once(base)
+    for first in range(0, len(prompts), batch):
+        rows = prompts[first : first + batch]
         seeds = [config.seed + first + k for k in range(len(rows))]
-        done = first // AT_ONCE * steps
+        done = first // batch * steps
 
         def after(step: int, done: int = done) -> None:
             report(done + step)

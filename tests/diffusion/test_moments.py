@@ -17,6 +17,7 @@ from sbora_diffusion.diffusion.moments import (
     PADDING,
     CalibrateConfig,
     generic_moments,
+    generic_steps,
     own_moments,
 )
 from sbora_diffusion.diffusion.pipeline import draw_latents
@@ -127,6 +128,17 @@ def test_generic_moments_count_both_halves(pocket):
     x = seen[layer][0].flatten(0, 1)
     torch.testing.assert_close(found[layer], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
     assert len(seen[TEXT]) == 2, "the prompt, then the empty one"
+
+
+def test_large_pictures_come_in_small_batches_which_count_the_same(pocket, monkeypatch):
+    config = QUICK.model_copy(update={"generic": 5})
+    together = generic_moments(pocket, config, lambda _: None)
+    monkeypatch.setattr("sbora_diffusion.diffusion.moments.PIXELS", 3 * pocket.resolution**2 - 1)
+    done = []
+    apart = generic_moments(pocket, config, done.append)
+    assert done == [1, 2, 3] and generic_steps(pocket, config) == 3, "two, two and one"
+    for layer, moment in together.items():
+        torch.testing.assert_close(apart[layer], moment, rtol=1e-3, atol=1e-4)
 
 
 def test_generic_prompts_follow_from_their_seed_and_own_prompts_are_not_the_evaluation():

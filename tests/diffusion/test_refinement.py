@@ -101,7 +101,7 @@ def test_predictions_are_those_of_drawing_with_the_concept_alone(base, strong):
     assert heard.timesteps.tolist() == [t for t in scheduler.timesteps.tolist() for _ in (0, 1)]
     torch.testing.assert_close(heard.predicted[:2], first, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(last, drawn, rtol=1e-3, atol=1e-3)
-    assert done == [1, 2] and own_prediction_steps(config) == 2
+    assert done == [1, 2] and own_prediction_steps(base, config) == 2
 
 
 def test_generic_predictions_are_the_bare_bases(base):
