@@ -1,13 +1,20 @@
-"""What the pocket trainings share: where they run, one optimizer step, a common clock."""
+"""What the pocket trainings share: where they run, one optimizer step, a common clock, a state to
+go on from."""
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from sbora_diffusion.core.checkpoints import CheckpointFolder, Content
+from sbora_diffusion.diffusion.optimizers import OptimizerState, put_back, settings_of, state_of
 
 
 @dataclass(frozen=True)
@@ -59,3 +66,45 @@ def shared(place: Place, value: float) -> float:
     clock = torch.tensor(value, device=place.device)
     dist.broadcast(clock, 0)
     return clock.item()
+
+
+def save_state(
+    folder: Path,
+    models: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+    numbers: Mapping[str, float],
+) -> None:
+    """Write a checkpoint: models by name, an optimizer, and numbers by name."""
+    states = {name: model.state_dict() for name, model in models.items()}
+    points = {
+        name: {key: value.item() for key, value in state.items() if value.dim() == 0}
+        for name, state in states.items()
+    }
+    tensors = {
+        name: {key: value for key, value in state.items() if value.dim() > 0}
+        for name, state in states.items()
+    }
+    document: dict[str, Any] = {"numbers": dict(numbers), "points": points}
+    if optimizer:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known = state_of(optimizer, parameters, settings_of(optimizer))
+        tensors["optimizer"], document["optimizer"] = known.tensors, known.document
+    CheckpointFolder(folder).write(int(numbers.get("steps", 0)), Content(document, tensors))
+
+
+def resume(
+    folder: Path,
+    models: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, float] | None:
+    """Go on from the newest checkpoint: its numbers; None where there is none."""
+    content = CheckpointFolder(folder).newest(print)
+    if content is None:
+        return None
+    for name, model in models.items():
+        points = {k: torch.tensor(v) for k, v in content.document["points"][name].items()}
+        model.load_state_dict({**content.tensors[name], **points})
+    if optimizer:
+        saved = OptimizerState(content.tensors["optimizer"], content.document["optimizer"])
+        put_back(optimizer, saved)
+    return content.document["numbers"]

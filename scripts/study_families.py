@@ -13,6 +13,7 @@ it without TF32, whose products have ten bits. Writes results/families.json.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -58,8 +59,10 @@ def study(family: str, args: argparse.Namespace) -> dict[str, Any]:
     batch, limit = CASES[family]
     base = random_base(family, args.device, torch.bfloat16, args.tiny)
     concept, training = trained(base, batch, limit, args)
+    told(family, training)
     base.pipeline.to(torch.float32)
     refinement = refined(base, concept, args)
+    told(family, refinement)
     # PyTorch's products have no TF32 unless asked for, its convolutions have.
     plain = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with tempfile.TemporaryDirectory() as folder, plain:
@@ -70,6 +73,11 @@ def study(family: str, args: argparse.Namespace) -> dict[str, Any]:
         "refinement": refinement,
         "agreement": held,
     }
+
+
+def told(family: str, found: dict[str, Any]) -> None:
+    """Show what is there already: a run may be stopped before its end."""
+    print(family, json.dumps(found), flush=True)
 
 
 def trained(
@@ -115,8 +123,11 @@ def refined(base: Base, concept: Concept, args: argparse.Namespace) -> dict[str,
         Calibrated(
             base, [(concept, 1.0)], config, on_step=lambda *_: times.append(time.monotonic())
         ).restore()
-    step = round(times[-1] - times[-2], 2)
-    return {"pixels": base.resolution, "rows": config.refine_rows, "step_seconds": step, **peaks}
+    took = [round(after - before, 2) for before, after in itertools.pairwise(times)]
+    return {
+        "pixels": base.resolution, "rows": config.refine_rows, "step_seconds": took[-1],
+        "seconds_before": round(times[-1 - config.refine] - times[0], 2), **peaks,
+    }  # fmt: skip
 
 
 @contextmanager
@@ -212,7 +223,7 @@ def main() -> None:
     began, families = time.monotonic(), {}
     for family in args.families:
         families[family] = study(family, args)
-        print(family, json.dumps(families[family]), flush=True)
+        told(family, families[family])
     record = {
         "what": "training and use in the sizes of real models, with random weights",
         "agreement_in": "fp32, TF32 off",

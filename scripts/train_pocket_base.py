@@ -28,7 +28,7 @@ from pocket_model import (
     build_unet,
     save_pocket,
 )
-from pocket_run import Place, set_rate, shared, update
+from pocket_run import Place, resume, save_state, set_rate, shared, update
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from world.stream import PipelineTokenize, SceneStream
@@ -123,13 +123,9 @@ def train_denoiser(
     wrapped = place.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=place.device.type == "cuda")  # fmt: skip
-    state_file = args.state / "denoiser.pt"
-    if state_file.exists():
-        state = torch.load(state_file, map_location=place.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        history |= {"images": state["images"], "steps": state["steps"]}
+    models, folder = {"model": model, "average": average}, args.state / "denoiser"
+    if found := resume(folder, models, optimizer):
+        history |= {key: int(value) for key, value in found.items()}
         place.say(f"resumed after {history['images']:,} images")
     for _ in range(max(1, args.pool // (4 * args.fresh))):
         pool.refresh()
@@ -160,17 +156,14 @@ def train_denoiser(
     history["images"] += step * args.batch * place.world
     history["seconds"] = round(time.monotonic() - start, 1)
     if place.rank == 0:
-        args.state.mkdir(parents=True, exist_ok=True)
-        state = {"model": model.state_dict(), "average": average.state_dict(),
-                 "optimizer": optimizer.state_dict()}  # fmt: skip
-        state |= {key: history[key] for key in ("images", "steps")}
-        torch.save(state, state_file)
+        counts = {key: history[key] for key in ("images", "steps")}
+        save_state(folder, models, optimizer, counts)
     return average, history
 
 
 def load_start(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple:
     """Autoencoder and denoiser: from --base where it is given, else newly made."""
-    trained = args.base or (args.state / "autoencoder.pt").exists() or args.autoencoder_seconds
+    trained = args.base or (args.state / "autoencoder").exists() or args.autoencoder_seconds
     assert trained or not args.seconds, "no trained autoencoder: give --base"
     if args.base:
         pipeline = StableDiffusionPipeline.from_pretrained(args.base, dtype=torch.float32)
@@ -207,11 +200,11 @@ def main() -> None:
     place = Place.find()
     torch.manual_seed(args.seed)
     autoencoder, model = load_start(args, tokenizer)
-    kept = args.state / "autoencoder.pt"
+    kept = args.state / "autoencoder"
     if kept.exists():
-        autoencoder, scale = build_autoencoder(), torch.load(kept, weights_only=True)
-        autoencoder.load_state_dict(scale["model"])
-        autoencoder.register_to_config(scaling_factor=scale["scaling_factor"])
+        autoencoder = build_autoencoder()
+        found = resume(kept, {"model": autoencoder})
+        autoencoder.register_to_config(scaling_factor=found["scaling_factor"])
     autoencoder.to(place.device, memory_format=torch.channels_last)
     torch.manual_seed(seed)
     tokenize = PipelineTokenize(tokenizer)
@@ -224,9 +217,8 @@ def main() -> None:
     if args.autoencoder_seconds:
         train_autoencoder(place, stream, args.autoencoder_seconds, autoencoder)
         if place.rank == 0:
-            args.state.mkdir(parents=True, exist_ok=True)
             scale = autoencoder.config.scaling_factor
-            torch.save({"model": autoencoder.state_dict(), "scaling_factor": scale}, kept)
+            save_state(kept, {"model": autoencoder}, None, {"scaling_factor": scale})
     history: dict = {}
     if args.seconds:
         autoencoder.requires_grad_(False)

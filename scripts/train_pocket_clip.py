@@ -30,7 +30,7 @@ from pocket_clip_model import (
     save_clip,
 )
 from pocket_pictures import PicturePool, from_bytes, to_bytes
-from pocket_run import Place, set_rate, shared, update
+from pocket_run import Place, resume, save_state, set_rate, shared, update
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from world.stream import PlanDataset, SceneStream
@@ -65,16 +65,15 @@ class Training:
         return cls(model, average, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98),
                                                      fused=fused))  # fmt: skip
 
-    def load(self, file: Path, device: torch.device) -> None:
-        state = torch.load(file, map_location=device, weights_only=True)
-        for part in ("model", "average", "optimizer"):
-            getattr(self, part).load_state_dict(state[part])
-        self.steps, self.images = state["steps"], state["images"]
+    def load(self, folder: Path) -> None:
+        """Go on from what is there, if anything is."""
+        models = {"model": self.model, "average": self.average}
+        if found := resume(folder, models, self.optimizer):
+            self.steps, self.images = int(found["steps"]), int(found["images"])
 
-    def save(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        state = {p: getattr(self, p).state_dict() for p in ("model", "average", "optimizer")}
-        torch.save(state | {"steps": self.steps, "images": self.images}, file)
+    def save(self, folder: Path) -> None:
+        models = {"model": self.model, "average": self.average}
+        save_state(folder, models, self.optimizer, {"steps": self.steps, "images": self.images})
 
     @torch.no_grad()
     def advance(self, images: int) -> None:
@@ -185,9 +184,8 @@ def main() -> None:
     place = Place.find()
     torch.manual_seed(args.seed)
     training = Training.begin(build_clip(tokenizer).to(place.device), args.rate, args.weight_decay)
-    kept = args.state / "clip.pt"
-    if kept.exists():
-        training.load(kept, place.device)
+    training.load(args.state / "clip")
+    if training.steps:
         place.say(f"resumed after {training.images:,} images")
     seed = 1000 * (args.seed + training.steps) + place.rank
     generator = torch.Generator(place.device).manual_seed(seed)
@@ -209,7 +207,7 @@ def main() -> None:
 def finish(args: argparse.Namespace, training: Training, tokenizer: CLIPTokenizer,
            stream: SceneStream, history: dict) -> None:  # fmt: skip
     """Write state and model, then judge the model as it was written, and write the record."""
-    training.save(args.state / "clip.pt")
+    training.save(args.state / "clip")
     save_clip(args.out, training.average, tokenizer)
     history |= {"steps": training.steps, "images": training.images}
     fresh = FreshScenes.draw(stream, args.groups)
