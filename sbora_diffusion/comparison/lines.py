@@ -79,7 +79,7 @@ class Record:
             ConflictError: there is one, of another setting: other figures would stand beside it.
         """
         found = self._known.get(key_of(about))
-        if found is not None and (then := _read_today(found["setting"])) != about["setting"]:
+        if found is not None and (then := read_today(found["setting"])) != about["setting"]:
             raise ConflictError(
                 f"{self.folder} has {'/'.join(str(k) for k in key_of(about) if k is not None)} of "
                 f"another setting: {difference(then, about['setting'])}",
@@ -100,7 +100,7 @@ class Record:
         self._known[key_of(line)] = line
 
 
-def _read_today(setting: Line) -> Line:
+def read_today(setting: Line) -> Line:
     """A line's setting, with the defaults of what recipes could not say when it was written."""
     recipe = setting.get("config")
     return setting if recipe is None else {**setting, "config": {**_DEFAULTS, **recipe}}

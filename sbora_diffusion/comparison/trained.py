@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sbora_diffusion.comparison.lines import difference
+from sbora_diffusion.comparison.lines import difference, read_today
 from sbora_diffusion.core.errors import ConflictError, FormatError
 from sbora_diffusion.core.storage import write_atomically
 from sbora_diffusion.diffusion.baselines.interface import Method
@@ -88,7 +88,7 @@ class Files:
             return None
         try:
             made = json.loads(note.read_text(encoding="utf-8"))
-            made_by = {key: made[key] for key in self._made_by}
+            made_by = read_today({key: made[key] for key in self._made_by})
             took = made["seconds"], made["beside"]
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{note} is damaged", f"delete {self.folder}") from error

@@ -144,6 +144,17 @@ def test_concepts_that_were_trained_otherwise_are_refused(quick, work, preset_fi
         run_single(work(**again))
 
 
+def test_a_concept_from_before_a_setting_existed_has_its_default(quick, work):
+    options = {"methods": ["lora-half"], "concepts": NAMES[:1], "seeds": [0]}
+    run_single(work(**options))
+    note = Path(f"files/small/lora-half-0/{NAMES[0]}.json")
+    made = json.loads(note.read_text())
+    del made["config"]["ema"]
+    note.write_text(json.dumps(made))
+    run_single(work(**options, out="elsewhere"))
+    assert json.loads(note.read_text()) == made, "it was not trained again"
+
+
 def test_a_concept_keeps_its_slot_when_others_are_left_out(quick, work):
     run_single(work(methods=["lora-half"], concepts=NAMES[2:], seeds=[0]))
     (line,) = read_lines(Path("record"))
